@@ -1,0 +1,354 @@
+"""What the three training scripts share: data utilities and ODE solvers. Nothing here knows the method.
+
+Images are uint8 [N, C, H, W] in [0, 255] at rest and float32 in [-1, 1] inside a network. Time is the scripts': t = 0
+is data, t = 1 is noise; the solvers integrate dx/dt = velocity(x, t) between any two times, in either direction.
+"""
+import argparse
+import gzip
+import hashlib
+import json
+import math
+import os
+import signal
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+# ---------------------------------------------------------------------------------------------- command line and ranks
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used; the message is one line that says what, where and what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with the docstring as it stands, defaults in --help, no abbreviations, and InputError for errors."""
+
+    class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+        pass
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=self.Formatter, allow_abbrev=False)
+
+    def error(self, message):
+        raise InputError(message)
+
+
+def number(kind, low=None, above=None, below=None):
+    """An argparse type: an int or a float, at least `low`, strictly above `above`, strictly below `below`."""
+    def parse(text):
+        value = kind(text)
+        if not math.isfinite(value) or (low is not None and value < low) or (above is not None and value <= above) \
+                or (below is not None and value >= below):
+            bounds = [("at least", low), ("above", above), ("below", below)]
+            raise argparse.ArgumentTypeError(
+                f"{text} must be " + " and ".join(f"{word} {bound}" for word, bound in bounds if bound is not None))
+        return value
+    parse.__name__ = kind.__name__  # argparse names the type in "invalid int value"
+    return parse
+
+
+def rank():
+    """This process's number among those that torchrun started; 0 without torchrun."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    """How many processes torchrun started; 1 without torchrun."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_reduce(tensor, op=dist.ReduceOp.SUM):
+    """Reduce `tensor` in place over the ranks and return it; a no-op in a single process."""
+    if world() > 1:
+        dist.all_reduce(tensor, op)
+    return tensor
+
+
+@contextmanager
+def rank_zero_first():
+    """Rank 0 runs the block, then the others: they find what it downloaded or cached."""
+    if rank() > 0:
+        dist.barrier()
+    try:
+        yield
+    finally:  # an error on rank 0 must not leave the others waiting
+        if rank() == 0 and world() > 1:
+            dist.barrier()
+
+
+def progress(iterable, description, **options):
+    """A tqdm bar on rank 0's terminal; silent in a pipe and on other ranks."""
+    return tqdm(iterable, description, disable=True if rank() else None, **options)
+
+
+def say(text):
+    """Print on rank 0, past a progress bar."""
+    if rank() == 0:
+        tqdm.write(text)
+
+
+@contextmanager
+def signals():
+    """Collect the numbers of Ctrl-C and SIGTERM in the list that is yielded; a second one acts as usual."""
+    came = []
+
+    def note(number, frame):
+        came.append(number)
+        signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+@contextmanager
+def replacing(path):
+    """Open a binary file beside `path` that takes its place when the block ends well: no reader sees half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(beside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def save(write, path):
+    """Rank 0 calls write(file), and the file takes the place of `path`."""
+    if rank() == 0:
+        with replacing(path) as file:
+            write(file)
+
+
+def save_pt(content, path):
+    save(lambda file: torch.save(content, file), path)
+
+
+def save_json(content, path):
+    save(lambda file: file.write(json.dumps(content, indent=1).encode()), path)
+
+
+def load_pt(path, keys):
+    """The dict that torch.save wrote to `path`, on the CPU. Tensors and plain values only: a pickle that would run
+    code is refused, as is a file that is cut short or lacks one of `keys` (InputError)."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen types here
+        raise InputError(f"{path} is not a file this script wrote, or is damaged ({type(error).__name__}); "
+                         "move it away to start anew") from None
+    missing = [key for key in keys if not (isinstance(saved, dict) and key in saved)]
+    if missing:
+        raise InputError(f"{path} is not this script's: it has no {', '.join(missing)}")
+    return saved
+
+
+def md5(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest() if hasattr(hashlib, "file_digest") \
+            else hashlib.md5(file.read()).hexdigest()
+
+
+def download(urls, path, checksum=None):
+    """Fetch `path` from the first of `urls` that gives it whole (length, and MD5 where `checksum` is given)."""
+    reasons = []
+    for url in urls:
+        try:
+            with urllib.request.urlopen(url, timeout=30) as response, replacing(path) as file:
+                total = int(response.headers.get("Content-Length") or 0)
+                with progress(None, Path(path).name, total=total, unit="B", unit_scale=True) as bar:
+                    while block := response.read(1 << 20):
+                        file.write(block)
+                        bar.update(len(block))
+                if total and file.tell() != total:
+                    raise OSError(f"{file.tell()} of {total} bytes came")
+                file.flush()
+                if checksum and md5(file.name) != checksum:
+                    raise OSError("wrong MD5")
+            return
+        except OSError as error:
+            reasons.append(f"{url}: {error}")
+    raise InputError(f"cannot download {Path(path).name} ({'; '.join(reasons)}); put the file at {path} yourself")
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+MNIST_MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/")
+MNIST_MD5 = {"train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+             "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
+             "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
+             "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c"}
+
+
+def load_mnist(folder=None, split="train"):
+    """MNIST's official files: images uint8 [N, 1, 28, 28], labels int64 [N]; N is 60,000 (train) or 10,000 (test).
+
+    `folder` holds the four .gz files, or the two of `split`; None means data/mnist, downloaded where missing.
+    """
+    arrays = []
+    for kind, header in (("images-idx3", 16), ("labels-idx1", 8)):
+        name = f"{'train' if split == 'train' else 't10k'}-{kind}-ubyte.gz"
+        path = Path(folder or "data/mnist") / name
+        if not path.exists():
+            if folder is not None:
+                raise InputError(f"--data: {path} is missing; without --data it is downloaded to data/mnist")
+            download([mirror + name for mirror in MNIST_MIRRORS], path, MNIST_MD5[name])
+        if md5(path) != MNIST_MD5[name]:
+            raise InputError(f"--data: {path} is not MNIST's official file (wrong MD5): delete it and fetch it again")
+        arrays.append(np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header))
+    images, labels = arrays
+    return torch.from_numpy(images.reshape(-1, 1, 28, 28).copy()), torch.from_numpy(labels.astype(np.int64))
+
+
+def glyphs(n, size, seed=0):
+    """Digits in Pillow's built-in font under random affine maps: images uint8 [n, 1, size, size], labels int64 [n]."""
+    rng = np.random.default_rng(seed)
+    font, stamps = ImageFont.load_default(1.5 * size), []
+    for digit in "0123456789":  # drawn large once, in the middle of a square of twice the size
+        stamps.append(Image.new("L", (2 * size, 2 * size)))
+        ImageDraw.Draw(stamps[-1]).text((size, size), digit, fill=255, font=font, anchor="mm", stroke_width=size // 28)
+    labels = rng.integers(0, 10, n)
+    images = np.empty((n, 1, size, size), np.uint8)
+    for image, label in zip(images, labels):
+        turn, shear, zoom = rng.uniform(-0.15, 0.15), rng.uniform(-0.1, 0.1), rng.uniform(0.75, 0.95, 2)
+        matrix = zoom * np.array([[math.cos(turn), -math.sin(turn) + shear], [math.sin(turn), math.cos(turn)]])
+        shift = size - matrix @ (size + rng.uniform(-0.06, 0.06, 2) * size)  # keeps the digit near the middle
+        affine = (*matrix[0], shift[0], *matrix[1], shift[1])
+        image[0] = np.asarray(stamps[label].transform(stamps[label].size, Image.Transform.AFFINE, affine,
+                                                      Image.Resampling.BILINEAR).reduce(2))
+    return torch.from_numpy(images), torch.from_numpy(labels)
+
+
+def to_float(images):
+    """uint8 [0, 255] to float32 [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(x):
+    """float [-1, 1] to uint8 [0, 255], rounded and clipped: what a PNG would hold."""
+    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def save_grid(images, path, columns=8, zoom=2):
+    """Write uint8 images [N, C, H, W] as one PNG, `columns` to a row, each pixel `zoom` wide."""
+    n, c, h, w = images.shape
+    rows = -(-n // columns)
+    cells = images.new_zeros(rows * columns, c, h + 2, w + 2)  # a border of one pixel
+    cells[:n, :, 1:-1, 1:-1] = images
+    sheet = cells.view(rows, columns, c, h + 2, w + 2).permute(0, 3, 1, 4, 2).reshape(rows * (h + 2), -1, c)
+    picture = Image.fromarray(sheet.cpu().numpy().squeeze(2) if c == 1 else sheet.cpu().numpy())
+    picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
+    save(lambda file: picture.save(file, "PNG"), path)
+
+
+# ------------------------------------------------------------------------------------------------------------- solvers
+# One signature:  solver(velocity, x, steps, t_start=1, t_end=0, tolerance=1e-5, trajectory=None) -> x at t_end, NFE
+#   velocity    callable (x [B, ...], t [B]) -> dx/dt [B, ...]
+#   steps       network evaluations (NFE) to spend on an even grid from t_start to t_end; dopri5 ignores it
+#   tolerance   relative and absolute error a step, dopri5 alone
+#   trajectory  a list that receives (t, x, velocity at x) for each point of the path where a step begins
+
+
+def _slope(velocity, x, t, trajectory=None):
+    v = velocity(x, torch.full((len(x),), t, dtype=x.dtype, device=x.device))
+    if trajectory is not None:
+        trajectory.append((t, x, v))
+    return v
+
+
+def euler(velocity, x, steps, t_start=1.0, t_end=0.0, tolerance=1e-5, trajectory=None):
+    """Euler's method, order 1."""
+    h = (t_end - t_start) / steps
+    for i in range(steps):
+        x = x + h * _slope(velocity, x, t_start + i * h, trajectory)
+    return x, steps
+
+
+def heun(velocity, x, steps, t_start=1.0, t_end=0.0, tolerance=1e-5, trajectory=None):
+    """Heun's method, order 2: two evaluations an interval, one (Euler) in the last, so `steps` is odd
+    (Karras et al. 2022, Algorithm 1)."""
+    if steps % 2 == 0:
+        raise InputError(f"heun takes an odd number of steps (network evaluations), not {steps}")
+    h = (t_end - t_start) / ((steps + 1) // 2)
+    for i in range(steps // 2):
+        t = t_start + i * h
+        v = _slope(velocity, x, t, trajectory)
+        x = x + h / 2 * (v + _slope(velocity, x + h * v, t + h))
+    return x + h * _slope(velocity, x, t_end - h, trajectory), steps
+
+
+def ab2(velocity, x, steps, t_start=1.0, t_end=0.0, tolerance=1e-5, trajectory=None):
+    """Two-step Adams-Bashforth, order 2, started with an Euler step (Hairer, Norsett & Wanner, III.1)."""
+    h, last = (t_end - t_start) / steps, None
+    for i in range(steps):
+        v = _slope(velocity, x, t_start + i * h, trajectory)
+        x, last = x + h * (v if last is None else 1.5 * v - 0.5 * last), v
+    return x, steps
+
+
+def ab3(velocity, x, steps, t_start=1.0, t_end=0.0, tolerance=1e-5, trajectory=None):
+    """Three-step Adams-Bashforth, order 3 (Hairer, Norsett & Wanner, III.1). The first two intervals are one explicit
+    midpoint step, whose second evaluation then serves as history: started with Euler the order would be 2."""
+    h = (t_end - t_start) / steps
+    v0 = _slope(velocity, x, t_start, trajectory)
+    if steps == 1:
+        return x + h * v0, 1
+    v1 = _slope(velocity, x + h * v0, t_start + h, trajectory)
+    x = x + 2 * h * v1
+    for i in range(2, steps):
+        v2 = _slope(velocity, x, t_start + i * h, trajectory)
+        x, v0, v1 = x + h / 12 * (23 * v2 - 16 * v1 + 5 * v0), v1, v2
+    return x, steps
+
+
+DOPRI5_A = ((), (1/5,), (3/40, 9/40), (44/45, -56/15, 32/9), (19372/6561, -25360/2187, 64448/6561, -212/729),
+            (9017/3168, -355/33, 46732/5247, 49/176, -5103/18656), (35/384, 0, 500/1113, 125/192, -2187/6784, 11/84))
+DOPRI5_C = (0, 1/5, 3/10, 4/5, 8/9, 1, 1)
+DOPRI5_ERROR = (71/57600, 0, -71/16695, 71/1920, -17253/339200, 22/525, -1/40)  # fifth minus fourth order
+
+
+def dopri5(velocity, x, steps=None, t_start=1.0, t_end=0.0, tolerance=1e-5, trajectory=None):
+    """Adaptive Dormand-Prince 5(4) (Hairer, Norsett & Wanner, II.4-5); one step size for the whole batch, from the
+    root mean square error. The NFE counts rejected steps too. FloatingPointError where no step is small enough."""
+    def combine(weights, slopes):
+        return sum(w * k for w, k in zip(weights, slopes) if w)
+    t, h = t_start, (t_end - t_start) / 20
+    first, nfe = _slope(velocity, x, t), 1
+    while t != t_end:
+        slopes = [first]
+        for a, c in zip(DOPRI5_A[1:], DOPRI5_C[1:]):
+            there = x + h * combine(a, slopes)  # after the last stage this is the fifth-order solution
+            slopes.append(_slope(velocity, there, t + c * h))
+        nfe += 6
+        scale = tolerance * (1 + torch.maximum(x.abs(), there.abs()))
+        error = (h * combine(DOPRI5_ERROR, slopes) / scale).square().mean().sqrt().item()
+        if error <= 1:
+            if trajectory is not None:
+                trajectory.append((t, x, first))
+            last = abs(t + h - t_end) < 1e-9 * abs(t_end - t_start)
+            t, x, first = t_end if last else t + h, there, slopes[-1]  # the last stage is the next step's first
+        h *= min(5.0, max(0.2, 0.9 * (error + 1e-12) ** -0.2)) if math.isfinite(error) else 0.2
+        if abs(h) < 1e-8 * abs(t_end - t_start):
+            raise FloatingPointError(f"dopri5: no step at t = {t:.6f} meets tolerance {tolerance}")
+        if abs(h) > abs(t_end - t):
+            h = t_end - t
+    return x, nfe
+
+
+SOLVERS = {solver.__name__: solver for solver in (euler, heun, ab2, ab3, dopri5)}
