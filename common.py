@@ -9,7 +9,9 @@ import hashlib
 import json
 import math
 import os
+import platform
 import signal
+import subprocess
 import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +22,7 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------------- command line and ranks
+# ------------------------------------------------------------------------------------ command line and ranks
 
 
 class InputError(Exception):
@@ -111,7 +113,7 @@ def signals():
             signal.signal(number, handler)
 
 
-# --------------------------------------------------------------------------------------------------------------- files
+# ----------------------------------------------------------------------------------------------------- files
 
 
 @contextmanager
@@ -159,6 +161,22 @@ def load_pt(path, keys):
     return saved
 
 
+def cached(path, make):
+    """The dict of tensors and numbers in `path`; where it is missing, all ranks make() it and rank 0 keeps it."""
+    if all_reduce(torch.tensor(int(Path(path).exists()))) < world():
+        save_pt(make(), path)
+        all_reduce(torch.zeros(1))  # a barrier: the others wait for rank 0
+    return load_pt(path, ())
+
+
+def versions(device):
+    """What a result depends on beside its flags: versions, device, commit."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True)
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+            "device": f"{world()} x {device.type} {chip}", "commit": git.stdout.decode().strip() or None}
+
+
 def md5(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "md5").hexdigest() if hasattr(hashlib, "file_digest") \
@@ -187,7 +205,7 @@ def download(urls, path, checksum=None):
     raise InputError(f"cannot download {Path(path).name} ({'; '.join(reasons)}); put the file at {path} yourself")
 
 
-# ---------------------------------------------------------------------------------------------------------------- data
+# ------------------------------------------------------------------------------------------------------ data
 
 MNIST_MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/")
 MNIST_MD5 = {"train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
@@ -257,7 +275,7 @@ def save_grid(images, path, columns=8, zoom=2):
     save(lambda file: picture.save(file, "PNG"), path)
 
 
-# ------------------------------------------------------------------------------------------------------------- solvers
+# --------------------------------------------------------------------------------------------------- solvers
 # One signature:  solver(velocity, x, steps, t_start=1, t_end=0, tolerance=1e-5, trajectory=None) -> x at t_end, NFE
 #   velocity    callable (x [B, ...], t [B]) -> dx/dt [B, ...]
 #   steps       network evaluations (NFE) to spend on an even grid from t_start to t_end; dopri5 ignores it

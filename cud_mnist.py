@@ -4,36 +4,36 @@
 # ///
 """Catch-Up Distillation (CUD) on MNIST: train a flow model once, sample it in a handful of steps.
 
-A flow model learns the velocity that carries noise to data. CUD also lets it catch up with itself: its output at
-time t is pulled towards its own output a little further along its own trajectory, which a Runge-Kutta step finds.
-The trajectories become straight, so that few steps suffice, without a teacher and without a second training.
+A flow model learns the velocity that carries noise to data. CUD also lets it catch up with itself: its output
+at time t is pulled towards its own output a little further along its own trajectory, which a Runge-Kutta step
+finds. The trajectories become straight, so few steps suffice, without a teacher or a second training.
 
     x, z          data in [-1, 1] and noise, [B, C, H, W]
     t in [0, 1]   time: t = 0 is data, t = 1 is noise
     x_t           t z + (1 - t) x
     u             dx_t/dt = z - x, the true velocity
-    v_1 .. v_k    the heads of the network at (x_t, t); k = --rk-order; v_1 is the velocity that sampling integrates
+    v_1 .. v_k    the network's heads at (x_t, t); k = --rk-order; sampling integrates v_1
     h             the step, drawn for each sample
     k_i           the Runge-Kutta stages: v_1 at time t - (i - 1) h
-    X_j           x_t - h sum_i b_i(j) k_i, the point of the trajectory at time t - j h, j = 1 .. k
+    X_j           x_t - h sum_i b_i(j) k_i: the trajectory's point at time t - j h, j = 1 .. k
     y_j           v_1(X_j, t - j h) without gradient; u where t - k h would pass the data
 
     loss = w_1 sum_j |v_j - y_j|^2  +  w_2 sum_j |v_j - u|^2  +  beta KL(z | x)
-           catch up with itself        stay true to data       where an encoder couples noise and data
+           catch up with itself        stay true to the data    where an encoder couples noise to data
 
     python cud_mnist.py --quick                     a tour on a CPU in five minutes, nothing downloaded
-    python cud_mnist.py --rk-order 3 --one-step     the paper's recipe on MNIST, then the one-step stage
-    python cud_mnist.py --steps 1 2 4 8 15          evaluates the finished run runs/mnist again, training nothing
+    python cud_mnist.py --rk-order 3 --one-step     the paper's recipe for MNIST, then the one-step stage
+    python cud_mnist.py --steps 1 2 4 8 15          evaluates the finished run in runs/mnist, training nothing
 
-Paper: Catch-Up Distillation: You Only Need to Train Once for Accelerating Sampling, arXiv 2305.10769.
+RESULT
+Paper: "Catch-Up Distillation: You Only Need to Train Once for Accelerating Sampling", arXiv 2305.10769.
 """
+import argparse
 import hashlib
 import json
 import math
 import os
 import platform
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -49,23 +49,25 @@ from torch.utils.flop_counter import FlopCounterMode
 import common
 from common import InputError, all_reduce, number, progress, rank, world
 
-# ------------------------------------------------------------------------------------------------------- configuration
+# --------------------------------------------------------------------------------------------- configuration
 
 IMAGE = (1, 28, 28)  # channels, height, width
 EPS = 1e-5  # training stays this far from t = 0
-DATA_HELP = "folder of MNIST's four official .gz files, or 'glyphs' (drawn digits); unset: downloaded to data/mnist"
-PAPER = dict(run_dir="runs/mnist", coupling="learned", channels=32, multipliers=[2, 2, 2], blocks=2, dropout=0.13,
-             iterations=50_000, batch_size=256, lr=3e-4, warmup=5_000, ema_decay=0.9999, one_step_iterations=40_000)
-QUICK = dict(run_dir="runs/mnist-quick", data="glyphs", channels=8, multipliers=[1, 2, 4], blocks=1, dropout=0.0,
-             iterations=1_000, batch_size=32, lr=2e-3, ema_decay=0.999, checkpoint_every=400, steps=[1, 2, 4, 15],
-             features="classifier", fid_samples=1_000, one_step=True, one_step_iterations=150, one_step_pairs=1_000)
-NOT_TRAINING = {"quick", "run_dir", "device", "amp", "compile", "checkpoint_every", "steps", "solver", "tolerance",
-                "fid_samples", "fid_mode", "features", "save_samples", "one_step", "one_step_iterations",
-                "one_step_pairs", "iterations"}  # flags that may change when a run is continued
-CACHE = Path("data/cache")  # reference statistics and classifiers, keyed by the images they come from
-FEATURES = {"inception": 2048, "classifier": 224}  # dimensions
 LOG_EVERY = 100  # iterations to a row of metrics.csv
-SAMPLE_BATCH = 500  # images; noise is drawn by the batch, so that the samples do not depend on the number of ranks
+SAMPLE_BATCH = 500  # images; noise is drawn by the batch, so samples do not depend on the number of ranks
+FEATURES = {"inception": 2048, "classifier": 224}  # dimensions
+CACHE = Path("data/cache")  # reference statistics and classifiers, named by the images they come from
+DATA_HELP = "folder of MNIST's .gz files, or 'glyphs' (drawn digits); unset: downloaded to data/mnist"
+PAPER = dict(
+    run_dir="runs/mnist", coupling="learned", channels=32, multipliers=[2, 2, 2], blocks=2, dropout=0.13,
+    iterations=50_000, batch_size=256, lr=3e-4, warmup=5_000, ema_decay=0.9999, one_step_iterations=40_000)
+QUICK = dict(
+    run_dir="runs/mnist-quick", data="glyphs", channels=8, multipliers=[1, 2, 4], blocks=1, dropout=0.0,
+    iterations=1_000, batch_size=32, lr=2e-3, ema_decay=0.999, checkpoint_every=500, one_step=True,
+    one_step_iterations=150, one_step_pairs=1_000, steps=[1, 2, 4, 15], features="classifier", fid_samples=1_000)
+NOT_TRAINING = {  # flags that may change when a run is continued
+    "quick", "run_dir", "device", "amp", "compile", "checkpoint_every", "steps", "solver", "tolerance", "fid_samples",
+    "fid_mode", "features", "save_samples", "one_step", "one_step_iterations", "one_step_pairs", "iterations"}
 
 
 def load_data(args):
@@ -76,64 +78,63 @@ def load_data(args):
 
 
 def parse_args(argv=None):
+    """The flags; InputError where one of them, or a combination, cannot be used."""
     parser = common.Parser(__doc__)
+    count, share = number(int, 1), number(float, 0, below=1)
 
-    run = parser.add_argument_group("run").add_argument
-    run("--quick", action="store_true", help="small network, small budget, drawn digits: the same code in minutes")
-    run("--data", help=DATA_HELP)
-    run("--split", choices=["train", "test"], default="train", help="part of the data to train on and compare with")
-    run("--run-dir", help="the run's folder; one that holds a checkpoint is continued")
-    run("--device", help="cpu, cuda, cuda:1, ...; unset: a GPU if there is one")
-    run("--seed", type=number(int, 0), default=0, help="of the weights, the training draws and the samples")
-    run("--checkpoint-every", type=number(int, 1), default=5_000, help="iterations; a sample grid comes with each")
+    flag = parser.add_argument_group("run").add_argument
+    flag("--quick", action="store_true", help="drawn digits, small network and budget: the same code in minutes")
+    flag("--data", help=DATA_HELP)
+    flag("--split", choices=["train", "test"], default="train", help="of the data, to train on and compare with")
+    flag("--run-dir", help="the run's folder; one that holds a checkpoint is continued")
+    flag("--device", help="cpu, cuda, cuda:1, ...; unset: a GPU if there is one")
+    flag("--seed", type=number(int, 0), default=0, help="of weights, training draws and samples")
+    flag("--checkpoint-every", type=count, default=5_000, help="iterations; a sample grid comes with each")
 
-    method = parser.add_argument_group("method").add_argument
-    method("--rk-order", type=int, choices=range(4), default=1,
-           help="k: 1, 2, 3 are the paper's RK12, RK23, RK34; 0 is rectified flow, without catching up")
-    method("--rk-points", choices=list(POINTS), default="published",
-           help="weights b(j): the paper's, or 'dense' output, whose inner points are more accurate at no cost")
-    method("--step-rule", choices=list(STEP_RULES), default="uniform", help="h: U(0, 1/N), t/N or 1/N")
-    method("--intervals", type=number(int, 1), default=16, help="N of the step rule")
-    method("--target", choices=["online", "ema"], default="online",
-           help="network that makes y_j: online, dropout on (released code), or EMA (the paper's figure)")
-    method("--loss-ramp", action="store_true", help="w_1 = 2 i/I, w_2 = 2 (1 - i/I) at iteration i of I; else 1, 1")
-    method("--coupling", choices=["learned", "independent"],
-           help="noise from an encoder of x, trained jointly (straighter paths to learn from), or drawn alone")
-    method("--kl-weight", type=number(float, 0), default=20.0, help="beta, keeps the encoder's noise normal")
-    method("--skip-phi", type=number(float, above=0, below=1), default=0.75,
-           help="skip scaling by time, weight of the UNet's skips from 2 (1 - phi) to 2 phi; 0.5 turns it off")
+    flag = parser.add_argument_group("method").add_argument
+    flag("--rk-order", type=int, choices=range(4), default=1, help="k; 1, 2, 3: RK12, RK23, RK34; 0: rectified flow")
+    flag("--rk-points", choices=list(POINTS), default="published",
+         help="b(j): the paper's, or dense output, whose later points are more accurate at no cost")
+    flag("--step-rule", choices=list(STEP_RULES), default="uniform", help="h ~ U(0, 1/N), h = t/N or h = 1/N")
+    flag("--intervals", type=count, default=16, help="N of the step rule")
+    flag("--target", choices=["online", "ema"], default="online",
+         help="network that makes y_j: itself, dropout on (released code), or its EMA (the paper's figure)")
+    flag("--loss-ramp", action="store_true", help="w_1 = 2 i/I and w_2 = 2 (1 - i/I) at iteration i; else both 1")
+    flag("--coupling", choices=["learned", "independent"], help="z from an encoder of x, or drawn without it")
+    flag("--kl-weight", type=number(float, 0), default=20.0, help="beta: keeps the encoder's z close to N(0, I)")
+    flag("--skip-phi", type=number(float, above=0, below=1), default=0.75,
+         help="phi: UNet skips weigh 2 (1 - phi) at t = 0 and 2 phi at t = 1; 0.5 turns that off")
 
-    training = parser.add_argument_group("training").add_argument
-    training("--iterations", type=number(int, 1), help="I; may grow when a run is continued")
-    training("--batch-size", type=number(int, 1), help="images an iteration, over all ranks")
-    training("--lr", type=number(float, above=0), help="Adam's learning rate")
-    training("--warmup", type=number(int, 0), help="iterations of linear warm-up, at most a tenth of all")
-    training("--ema-decay", type=number(float, 0, below=1), help="at most (1 + i)/(10 + i), which short runs need")
-    training("--dropout", type=number(float, 0, below=1), help="probability, in every residual block")
-    training("--amp", choices=["auto", "on", "off"], default="auto", help="bfloat16; auto: on GPUs that have it")
-    training("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile; auto: on CUDA")
+    flag = parser.add_argument_group("training").add_argument
+    flag("--iterations", type=count, help="I; may grow when a run is continued")
+    flag("--batch-size", type=count, help="images an iteration, over all ranks")
+    flag("--lr", type=number(float, above=0), help="Adam's learning rate")
+    flag("--warmup", type=number(int, 0), help="iterations of linear warm-up, at most a tenth of all")
+    flag("--ema-decay", type=share, help="an iteration, at most (1 + i)/(10 + i), for the sake of short runs")
+    flag("--dropout", type=share, help="probability, in every residual block")
+    flag("--amp", choices=["auto", "on", "off"], default="auto", help="bfloat16; auto: on GPUs that have it")
+    flag("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile; auto: on CUDA")
 
-    network = parser.add_argument_group("network").add_argument
-    network("--channels", type=number(int, 4), help="c, at the first level")
-    network("--multipliers", type=number(int, 1), nargs="+", help="of c, one a level; each level halves the size")
-    network("--blocks", type=number(int, 1), help="residual blocks a level")
+    flag = parser.add_argument_group("network").add_argument
+    flag("--channels", type=number(int, 4), help="c, the unit of width")
+    flag("--multipliers", type=count, nargs="+", help="of c, one a level; each further level halves the size")
+    flag("--blocks", type=count, help="residual blocks a level")
 
-    evaluation = parser.add_argument_group("evaluation").add_argument
-    evaluation("--steps", type=number(int, 1), nargs="+", default=[15], help="network evaluations (NFE) an image")
-    evaluation("--solver", choices=list(common.SOLVERS), default="euler", help="heun takes odd --steps")
-    evaluation("--tolerance", type=number(float, above=0), default=1e-4, help="of dopri5, which ignores --steps")
-    evaluation("--fid-samples", type=number(int, 0), default=50_000, help="images; below 50,000 it is no FID; 0: none")
-    evaluation("--fid-mode", choices=["legacy_tensorflow", "clean"], default="legacy_tensorflow",
-               help="of clean-fid; legacy_tensorflow compares with published figures")
-    evaluation("--features", choices=["inception", "classifier"], default="inception",
-               help="of the Frechet distance; a classifier trained on the data says more of digits, needs no download")
-    evaluation("--save-samples", type=number(int, 1), help="write this many images to samples.npz, last of --steps")
+    flag = parser.add_argument_group("evaluation").add_argument
+    flag("--steps", type=count, nargs="+", default=[15], help="network evaluations (NFE) an image")
+    flag("--solver", choices=list(common.SOLVERS), default="euler", help="heun takes odd --steps")
+    flag("--tolerance", type=number(float, above=0), default=1e-4, help="of dopri5, which ignores --steps")
+    flag("--fid-samples", type=number(int, 0), default=50_000, help="images; with fewer it is no FID; 0: none")
+    flag("--fid-mode", choices=["legacy_tensorflow", "clean"], default="legacy_tensorflow",
+         help="of clean-fid; legacy_tensorflow compares with published figures")
+    flag("--features", choices=list(FEATURES), default="inception",
+         help="of the Frechet distance; a classifier of the data says more of digits and downloads nothing")
+    flag("--save-samples", type=count, help="images to write to samples.npz, at the last of --steps")
 
-    one_step = parser.add_argument_group("one-step stage").add_argument
-    one_step("--one-step", action=common.argparse.BooleanOptionalAction, default=False,
-             help="train a one-step student of the finished run")
-    one_step("--one-step-iterations", type=number(int, 1), help="in each of the three stages")
-    one_step("--one-step-pairs", type=number(int, 1), default=50_000, help="noise draws that the student learns from")
+    flag = parser.add_argument_group("one-step stage").add_argument
+    flag("--one-step", action=argparse.BooleanOptionalAction, default=False, help="train a one-step student")
+    flag("--one-step-iterations", type=count, help="in each of its three stages")
+    flag("--one-step-pairs", type=count, default=50_000, help="noise draws that it learns from")
 
     parser.set_defaults(**PAPER)
     if parser.parse_args(argv).quick:
@@ -141,26 +142,26 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.solver == "heun" and any(steps % 2 == 0 for steps in args.steps):
         parser.error("--solver heun takes odd --steps: two evaluations an interval, one in the last")
-    least = FEATURES[args.features] + 1
-    if 0 < args.fid_samples < least:
-        parser.error(f"--fid-samples: a covariance of {args.features} features needs at least {least} images (0: no FID)")
+    if 0 < args.fid_samples <= FEATURES[args.features]:
+        parser.error(f"--fid-samples: the covariance of {FEATURES[args.features]} {args.features} features needs "
+                     "more images than that (0: no distance)")
     if args.batch_size % world():
         parser.error(f"--batch-size {args.batch_size} is not divisible by the {world()} ranks")
     return args
 
 
-# ---------------------------------------------------------------------------------------------------------- the method
+# ------------------------------------------------------------------------------------------------ the method
 
-# Rows: how stages 2 and 3 mix the slopes before them; b(j), how the point at t - j h mixes all k of them.
+# "stages": how stages 2 and 3 mix the slopes before them; "b": how the point at t - j h mixes all k of them.
 POINTS = {
     "published": {
         "stages": [(1,), (7/4, 1/4)],
         "b": [lambda j: (j,), lambda j: (j/2, j/2), lambda j: (5*j/12, 2*j/3, -j/12)]},
-    "dense": {  # the span k h is one step of Euler, midpoint or Heun's third-order method; inner points by dense output
+    "dense": {  # over the span k h: Euler, explicit midpoint, Heun's third order; dense output inside
         "stages": [(1,), (0, 2)],
         "b": [lambda j: (j,), lambda j: (j - j**2/2, j**2/2),
               lambda j: (j - 3*j**2/4 + j**3/6, j**2 - j**3/3, j**3/6 - j**2/4)]}}
-STEP_RULES = {  # h from t [B], N and uniform draws [B] (section 4)
+STEP_RULES = {  # h from t [B], N and uniform draws [B] (the paper's design space, continuous time)
     "uniform": lambda t, n, uniform: uniform / n,
     "proportional": lambda t, n, uniform: t / n,
     "constant": lambda t, n, uniform: torch.full_like(t, 1 / n)}
@@ -171,43 +172,40 @@ def catch_up_points(velocity, x_t, t, h, k_1, order, points="published"):
     """The next `order` points of the trajectory through x_t, by one Runge-Kutta step.
 
     velocity: any callable (x [B, ...], t [B]) -> [B, ...], called order - 1 times; k_1: its value at (x_t, t);
-    h [B] >= 0. Returns X [order, B, ...], where X[j - 1] is at time t - j h, and those times [order, B], never below EPS.
+    h [B] >= 0. Returns X [order, B, ...], X[j - 1] at time t - j h, and those times [order, B], never below EPS.
     """
     def move(weights, slopes):
         return x_t - h.view(-1, *[1] * (x_t.dim() - 1)) * sum(w * k for w, k in zip(weights, slopes))
 
-    slopes, method = [k_1], POINTS[points]
+    slopes, method, steps = [k_1], POINTS[points], range(1, order + 1)
     for i in range(1, order):
         slopes.append(velocity(move(method["stages"][i - 1], slopes), (t - i * h).clamp(min=EPS)))
-    steps = range(1, order + 1)
     return (torch.stack([move(method["b"][order - 1](j), slopes) for j in steps]),
             torch.stack([(t - j * h).clamp(min=EPS) for j in steps]))
 
 
 def catch_up_loss(network, x, z, t, h, order=1, points="published", velocity=None, target=None):
-    """L_catchup and L_truth, each [B]: squared errors summed over the heads, averaged over a sample's dimensions.
+    """L_catchup and L_truth, each [B]: squared errors, averaged over a sample's dimensions, summed over heads.
 
-    network: callable (x_t [B, ...], t [B]) -> v_1 .. v_k [k, B, ...], k = max(order, 1); x: data; z: noise [B, ...].
-    velocity: callable for the stages, v_1 of `network` if None; target: for the y_j, `velocity` if None.
+    network: callable (x_t [B, ...], t [B]) -> v_1 .. v_k [k, B, ...], k = max(order, 1); x data, z noise [B, ...].
+    velocity: callable for the stages, by default v_1 of `network`; target: for the y_j, by default `velocity`.
     """
     velocity = velocity or (lambda x, t: network(x, t)[0])
-    target = target or velocity
     expand = (-1, *[1] * (x.dim() - 1))
-    x_t = t.view(expand) * z + (1 - t.view(expand)) * x
-    u = z - x
+    x_t, u = t.view(expand) * z + (1 - t.view(expand)) * x, z - x
     v = network(x_t, t)  # the one evaluation with gradient
-    truth = (v - u).square().flatten(2).mean(2).sum(0)  # its gradient reaches the encoder through u as well
+    truth = (v - u).square().flatten(2).mean(2).sum(0)  # its gradient reaches an encoder through u as well
     if order == 0:
         return torch.zeros_like(truth), truth
     with torch.no_grad():  # the output moves towards the target, never the target towards the output
-        where, when = catch_up_points(velocity, x_t, t, h, v[0].detach(), order, points)
-        y = target(where.flatten(0, 1), when.flatten()).view_as(v)  # all k targets in one batch of k B
+        where, when = catch_up_points(velocity, x_t, t, h, v[0], order, points)
+        y = (target or velocity)(where.flatten(0, 1), when.flatten()).view_as(v)  # k targets, one batch of k B
         y = torch.where((t - order * h < EPS).view(expand), u, y)
     return (v - y).square().flatten(2).mean(2).sum(0), truth
 
 
 class CatchUp(nn.Module):
-    """The whole training loss (section 3) as a module of what it trains, the network and the encoder (or None)."""
+    """The training loss as a module of what it trains: the network and, for learned coupling, the encoder."""
 
     columns = ("loss", "catchup", "truth", "kl", "loss_t_0_25", "loss_t_25_50", "loss_t_50_75", "loss_t_75_100")
 
@@ -216,9 +214,9 @@ class CatchUp(nn.Module):
         self.network, self.encoder, self.target, self.args = network, encoder, target, args
 
     def forward(self, x, noise, t, h, progress):
-        """x, noise [B, C, H, W]; t, h [B]; progress i/I. The mean loss, and sums and counts [2, columns] to log."""
-        z, kl, args = noise, torch.zeros_like(t), self.args
-        if self.encoder is not None:  # learned coupling: z = mu + sigma noise (arXiv 2301.12003)
+        """x, noise [B, C, H, W]; t, h [B]; progress i/I. The mean loss; sums and counts [2, columns] to log."""
+        args, z, kl = self.args, noise, torch.zeros_like(t)
+        if self.encoder is not None:  # learned coupling (arXiv 2301.12003)
             mu, log_var = self.encoder(x, torch.ones_like(t))[0].chunk(2, 1)
             z = mu + (log_var / 2).exp() * noise
             kl = (mu.square() + log_var.exp() - 1 - log_var).flatten(1).mean(1) / 2
@@ -228,87 +226,69 @@ class CatchUp(nn.Module):
         loss = w_1 * catchup + w_2 * truth + args.kl_weight * kl
         with torch.no_grad():
             quarters = F.one_hot((4 * t).long().clamp(max=3), 4).to(t.dtype)  # [B, 4]
-            means = torch.stack([loss, catchup, truth, kl], 1)  # [B, 4]
-            sums = torch.cat([means.sum(0), loss @ quarters])
+            sums = torch.cat([torch.stack([loss, catchup, truth, kl]).sum(1), loss @ quarters])
             counts = torch.cat([torch.full_like(sums[:4], len(t)), quarters.sum(0)])
         return loss.mean(), torch.stack([sums, counts])
 
 
-# ------------------------------------------------------------------------------------------------------------- network
+# --------------------------------------------------------------------------------------------------- network
 
 
-def conv(c_in, c_out, size, gain=1.0):
-    layer = nn.Conv2d(c_in, c_out, size, padding=size // 2)
+def init(layer, gain=1.0):
     nn.init.xavier_uniform_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
 
 
-def linear(c_in, c_out):
-    layer = nn.Linear(c_in, c_out)
-    nn.init.xavier_uniform_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
+def conv(c_in, c_out, size, gain=1.0):
+    return init(nn.Conv2d(c_in, c_out, size, padding=size // 2), gain)
 
 
 def norm(channels):
     return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
 
 
-class Attention(nn.Module):
-    """Single-head self-attention over the pixels."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.norm, self.qkv = norm(channels), conv(channels, 3 * channels, 1, math.sqrt(0.2))
-        self.out = conv(channels, channels, 1, 1e-5)
-
-    def forward(self, x):
-        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, -1)  # [B, 1, H W, C]
-        h = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2).reshape_as(x)
-        return (x + self.out(h)) * math.sqrt(0.5)
-
-
 class Block(nn.Module):
-    """Residual block, conditioned on the time embedding; `resample` halves ("down") or doubles ("up") the size."""
+    """Residual block, told the time by an embedding; resample: None, "down" or "up"; single-head attention after."""
 
     def __init__(self, c_in, c_out, c_emb, dropout, resample=None, attention=False):
         super().__init__()
-        self.resample, self.dropout = resample, dropout
-        self.norm1, self.conv1, self.emb = norm(c_in), conv(c_in, c_out, 3), linear(c_emb, c_out)
-        self.norm2, self.conv2 = norm(c_out), conv(c_out, c_out, 3, 1e-5)
+        self.resize = {"down": nn.AvgPool2d(2), "up": nn.Upsample(scale_factor=2), None: nn.Identity()}[resample]
+        self.norm1, self.conv1, self.emb = norm(c_in), conv(c_in, c_out, 3), init(nn.Linear(c_emb, c_out))
+        self.norm2, self.conv2, self.dropout = norm(c_out), conv(c_out, c_out, 3, 1e-5), nn.Dropout(dropout)
         self.skip = conv(c_in, c_out, 1) if resample or c_in != c_out else nn.Identity()
-        self.attention = Attention(c_out) if attention else nn.Identity()
-
-    def size(self, x):
-        if self.resample == "down":
-            return F.avg_pool2d(x, 2)
-        return F.interpolate(x, scale_factor=2, mode="nearest") if self.resample == "up" else x
+        self.attention = attention
+        if attention:
+            self.norm3, self.qkv = norm(c_out), conv(c_out, 3 * c_out, 1, math.sqrt(0.2))
+            self.proj = conv(c_out, c_out, 1, 1e-5)
 
     def forward(self, x, emb):
-        h = self.conv1(self.size(F.silu(self.norm1(x)))) + self.emb(emb)[:, :, None, None]
-        h = self.conv2(F.dropout(F.silu(self.norm2(h)), self.dropout, self.training))
-        return self.attention((h + self.skip(self.size(x))) * math.sqrt(0.5))
+        h = self.conv1(self.resize(F.silu(self.norm1(x)))) + self.emb(emb)[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        x = (h + self.skip(self.resize(x))) * math.sqrt(0.5)
+        if not self.attention:
+            return x
+        q, k, v = self.qkv(self.norm3(x)).flatten(2).mT.unsqueeze(1).chunk(3, -1)  # [B, 1, H W, C]
+        h = F.scaled_dot_product_attention(q, k, v).squeeze(1).mT.reshape_as(x)
+        return (x + self.proj(h)) * math.sqrt(0.5)
 
 
 class UNet(nn.Module):
-    """DDPM++ UNet (Song et al. 2021, as configured by Karras et al. 2022) with k velocity heads.
+    """DDPM++ UNet (Song et al. 2021, as configured by Karras et al. 2022) with `heads` velocity heads.
 
-    image: (C, H, W); c_out: channels of a head, C if None; skip_phi: phi of the skip scaling.
+    image: (C, H, W); c_out: channels of a head, C by default; skip_phi: phi of the time-dependent skip scaling.
     """
 
     def __init__(self, image, channels, multipliers, blocks, dropout, heads=1, skip_phi=0.75, c_out=None):
+        self.config = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         super().__init__()
-        self.config = dict(image=list(image), channels=channels, multipliers=list(multipliers), blocks=blocks,
-                           dropout=dropout, heads=heads, skip_phi=skip_phi, c_out=c_out)
         if image[1] % 2 ** (len(multipliers) - 1):
             raise InputError(f"--multipliers: {image[1]} pixels cannot be halved {len(multipliers) - 1} times")
-        self.amp = False  # bfloat16 inside forward; not part of what rebuilds the network
+        self.channels, self.skip_phi, self.amp = channels, skip_phi, False
         c, c_emb, size = channels, 4 * channels, image[1]
-        self.channels, self.skip_phi = channels, skip_phi
-        self.embed = nn.Sequential(linear(c, c_emb), nn.SiLU(), linear(c_emb, c_emb), nn.SiLU())
-
-        self.first, skips, self.encoder = conv(image[0], c, 3), [c], nn.ModuleList()
+        self.embed = nn.Sequential(init(nn.Linear(c, c_emb)), nn.SiLU(), init(nn.Linear(c_emb, c_emb)), nn.SiLU())
+        self.first, skips = conv(image[0], c, 3), [c]
+        self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
         for level, multiplier in enumerate(multipliers):
             if level:
                 size //= 2
@@ -319,7 +299,6 @@ class UNet(nn.Module):
                 c = channels * multiplier
                 skips.append(c)
         self.bottom = nn.ModuleList([Block(c, c, c_emb, dropout, attention=True), Block(c, c, c_emb, dropout)])
-        self.decoder = nn.ModuleList()
         for level, multiplier in reversed(list(enumerate(multipliers))):
             if level < len(multipliers) - 1:
                 size *= 2
@@ -332,7 +311,7 @@ class UNet(nn.Module):
                                    for _ in range(heads))
 
     def forward(self, x, t, heads=None):
-        """x [B, C, H, W]; t [B] in [0, 1]. The first `heads` heads (None: all), float32 [heads, B, c_out, H, W]."""
+        """x [B, C, H, W], t [B] -> the first `heads` heads (by default all), float32 [heads, B, c_out, H, W]."""
         half = self.channels // 2
         angle = t[:, None] * 10_000 ** (-torch.arange(half, device=t.device) / (half - 1))
         emb = self.embed(torch.cat([angle.sin(), angle.cos()], 1))  # float32: bfloat16 resolves only 0.004 of t
@@ -346,7 +325,8 @@ class UNet(nn.Module):
             for block in self.bottom:
                 h = block(h, emb)
             for block in self.decoder:
-                h = block(h if block.resample else torch.cat([2 * p * h, 2 * (1 - p) * skips.pop()], 1), emb)
+                up = isinstance(block.resize, nn.Upsample)
+                h = block(h if up else torch.cat([2 * p * h, 2 * (1 - p) * skips.pop()], 1), emb)
             return torch.stack([head(h).float() for head in self.heads[:heads]])
 
     def velocity(self, x, t):
@@ -355,14 +335,14 @@ class UNet(nn.Module):
 
 
 def load_model(path, device="cpu"):
-    """The network of model.pt or one_step.pt, in evaluation mode."""
+    """The network of a model.pt or one_step.pt, in evaluation mode."""
     saved = common.load_pt(path, ["model", "args"])
     network = UNet(**saved["args"])
     network.load_state_dict(saved["model"])
     return network.to(device).eval().requires_grad_(False)
 
 
-# ------------------------------------------------------------------------------------------------ sampling and figures
+# -------------------------------------------------------------------------------------- sampling and figures
 
 
 def seed_of(*key):
@@ -370,16 +350,20 @@ def seed_of(*key):
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
+def generator(device, *key):
+    return torch.Generator(device).manual_seed(seed_of(*key))
+
+
 def normal(n, device, *key):
     """Standard normal noise [n, C, H, W], a function of `key` alone."""
-    return torch.randn(n, *IMAGE, device=device, generator=torch.Generator(device).manual_seed(seed_of(*key)))
+    return torch.randn(n, *IMAGE, device=device, generator=generator(device, *key))
 
 
 @torch.no_grad()
 def sample(network, n, solver, steps, args, device):
-    """Integrate n draws of N(0, I), the same whatever the number of ranks. Returns images uint8 [n, C, H, W]; mean NFE;
-    straightness, the mean squared deviation of v from x_1 - x_0 along the path; and, of rank 0's last batch, x0_hat at
-    each point of the path and its end, uint8 [points + 1, B, C, H, W]."""
+    """Integrate n draws of N(0, I). Returns images uint8 [n, C, H, W], the mean NFE, straightness (the mean squared
+    deviation of v from x_1 - x_0 along the path), and x0_hat at the points of the path and its end, uint8
+    [points + 1, B, C, H, W], for this rank's last batch."""
     size, images = min(n, SAMPLE_BATCH), torch.zeros(n, *IMAGE, dtype=torch.uint8, device=device)
     sums, x0_hats = torch.zeros(3, device=device), None
     for i in progress(range(rank(), -(-n // size), world()), f"{solver} {steps}, batches of {size}"):
@@ -387,14 +371,15 @@ def sample(network, n, solver, steps, args, device):
         x, nfe = common.SOLVERS[solver](network.velocity, z, steps, tolerance=args.tolerance, trajectory=path)
         own = images[i * size:(i + 1) * size]
         own.copy_(common.to_uint8(x)[:len(own)])
+        bend = torch.stack([(v - (z - x)).square().mean() for _, _, v in path]).mean()
+        sums += torch.stack([torch.ones_like(bend), torch.full_like(bend, nfe), bend])
         x0_hats = common.to_uint8(torch.stack([x_t - t * v for t, x_t, v in path] + [x]))
-        sums += sums.new_tensor([1, nfe, sum((v - (z - x)).square().mean().item() for _, _, v in path) / len(path)])
-    count, nfe, straightness = all_reduce(sums).tolist()
-    return all_reduce(images), nfe / count, straightness / count, x0_hats  # each rank filled its own rows of zeros
+    count, nfe, bend = all_reduce(sums).tolist()
+    return all_reduce(images), nfe / count, bend / count, x0_hats  # each rank filled its own rows of zeros
 
 
 class Classifier(nn.Module):
-    """A small convolutional classifier: x [B, C, H, W] in [-1, 1] -> pooled activations [B, 32 + 64 + 128], logits."""
+    """A small convolutional classifier: x [B, C, H, W] -> pooled activations [B, 32 + 64 + 128], logits."""
 
     def __init__(self, classes):
         super().__init__()
@@ -412,46 +397,47 @@ class Classifier(nn.Module):
 
 
 def classifier_features(images, labels, device, key):
-    """A function uint8 [B, C, H, W] -> features [B, 224], each divided by its deviation over the real images, and its
+    """A function uint8 [B, C, H, W] -> features [B, 224], in units of their deviation over the real images, and its
     name. The classifier is trained on these images once (fixed seed, 400 iterations of 128) and cached."""
-    path, network = CACHE / f"classifier-{key}.pt", Classifier(int(labels.max()) + 1).to(device)
-    if not path.exists():
-        torch.manual_seed(0)
-        network = Classifier(int(labels.max()) + 1).to(device)
+    torch.manual_seed(0)
+    network = Classifier(int(labels.max()) + 1).to(device)
+
+    def make():
         optimizer = torch.optim.Adam(network.parameters(), 2e-3)
         for _ in progress(range(400), "classifier"):
-            index = torch.randint(len(images), (128,), device=device)
+            index = torch.randint(len(images), (128,)).to(device)
             F.cross_entropy(network(common.to_float(images[index]))[1], labels[index]).backward()
             optimizer.step()
             optimizer.zero_grad()
-        network.eval()
         with torch.no_grad():
-            scale = torch.cat([network(common.to_float(part))[0] for part in images.split(SAMPLE_BATCH)]).std(0)
-        common.save_pt({"network": network.state_dict(), "scale": scale.clamp(min=1e-3)}, path)
-    saved = common.load_pt(path, ["network", "scale"])
-    network.load_state_dict(saved["network"])
-    network.eval()
+            network.eval()
+            f = torch.cat([network(common.to_float(part))[0] for part in images.split(SAMPLE_BATCH)])
+        return {"network": network.state_dict(), "scale": f.std(0).clamp(min=1e-3)}
+
+    saved = common.cached(CACHE / f"classifier-{key}.pt", make)
+    network.eval().load_state_dict(saved["network"])
+    digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in saved["network"].values())).hexdigest()
     scale = saved["scale"].to(device)
-    weights = b"".join(value.numpy().tobytes() for value in saved["network"].values())
-    return lambda part: network(common.to_float(part))[0] / scale, f"classifier-{hashlib.sha256(weights).hexdigest()[:8]}"
+    return lambda part: network(common.to_float(part))[0] / scale, f"classifier-{digest[:8]}"
 
 
 def inception_features(mode, device):
     """A function uint8 [B, C, H, W] -> clean-fid's Inception features [B, 2048], and its name."""
     path = Path("." if platform.system() == "Windows" else "/tmp") / "inception-2015-12-05.pt"  # clean-fid's choice
-    try:  # imported here, since clean-fid needs a torchvision that matches torch
+    try:  # imported here: clean-fid needs a torchvision that matches torch
         from cleanfid import downloads_helper, features, resize
-        if not path.exists():  # its own download would leave half a file when cut short
-            common.download([downloads_helper.inception_url], path)
+        with common.rank_zero_first():
+            if not path.exists():  # its own download would leave half a file when cut short
+                common.download([downloads_helper.inception_url], path)
         network = features.build_feature_extractor(mode, device, use_dataparallel=False)
     except (ImportError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"clean-fid cannot load {path} ({reason}); if its download was cut short, delete it") from None
+        raise InputError(f"clean-fid cannot load {path} ({reason}); was its download cut short?") from None
     resizer = resize.build_resizer(mode)
 
     def extract(images):
         x = images.expand(-1, 3, -1, -1).float()
-        if mode != "legacy_tensorflow":  # that one resizes inside the network, the other image by image in Pillow
+        if mode == "clean":  # resized image by image in Pillow; legacy_tensorflow resizes inside the network
             x = np.stack([resizer(image.numpy()).transpose(2, 0, 1) for image in x.permute(0, 2, 3, 1).cpu()])
             x = torch.from_numpy(x).to(device)
         return network(x)
@@ -460,8 +446,8 @@ def inception_features(mode, device):
 
 @torch.no_grad()
 def moments(features, images):
-    """Sum of [f 1]^T [f 1] over the images, float64 [D + 1, D + 1]: products, sums and count, which simply add up."""
-    total = torch.zeros((), dtype=torch.float64)
+    """Sum of [f 1]^T [f 1] over the images, float64 [D + 1, D + 1]: products, sums and count. They add up."""
+    total = torch.zeros(())
     for part in progress(images[rank()::world()].split(SAMPLE_BATCH), "features"):
         f = F.pad(features(part), (0, 1), value=1.0).cpu().double()
         total = total + f.T @ f
@@ -469,38 +455,36 @@ def moments(features, images):
 
 
 def frechet_distance(a, b):
-    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2) of two results of `moments` (Heusel et al. 2017, section 3)."""
+    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2) of two results of `moments` (Heusel et al. 2017, sec. 3)."""
     def mean_and_covariance(m):
         n, mean = m[-1, -1], m[-1, :-1] / m[-1, -1]
         return mean, (m[:-1, :-1] - n * torch.outer(mean, mean)) / (n - 1)
     (mean_a, cov_a), (mean_b, cov_b) = mean_and_covariance(a), mean_and_covariance(b)
     values, vectors = torch.linalg.eigh(cov_a)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # cov_a^1/2: root cov_b root is symmetric
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # S_a^1/2, and S_a^1/2 S_b S_a^1/2 is symmetric
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
     return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
 
 
 def reference(features, name, images, key, device):
-    """`moments` of the real images, the distance between two halves of them (floor) and that of pure noise: figures to
-    read others by. Cached by the images' content (key) and the extractor."""
-    if len(images) <= 2 * FEATURES[name.split("-")[0]]:
-        raise InputError(f"{len(images)} real images are too few for two covariances of {name} features")
-    path = CACHE / f"reference-{key}-{name}.pt"
-    if path.exists():
-        return common.load_pt(path, ["moments", "floor", "noise"])
-    halves = [moments(features, images[i::2]) for i in range(2)]
-    noise = moments(features, common.to_uint8(normal(min(len(images), 5_000), device, 0)))
-    saved = {"moments": halves[0] + halves[1], "floor": frechet_distance(*halves),
-             "noise": frechet_distance(noise, halves[0] + halves[1])}
-    common.save_pt(saved, path)
-    return saved
+    """`moments` of the real images, and two figures to read others by: the distance between two halves of them
+    (floor) and that of pure noise. Cached by the images' content (key) and the extractor."""
+    def make():
+        halves = [moments(features, images[i::2]) for i in range(2)]
+        noise = moments(features, common.to_uint8(normal(min(len(images), 5_000), device, 0)))
+        return {"moments": sum(halves), "floor": frechet_distance(*halves),
+                "noise": frechet_distance(noise, sum(halves))}
+
+    if len(images) < 2 * FEATURES[name.split("-")[0]]:
+        raise InputError(f"{len(images)} real images are too few for the covariance of {name} features")
+    return common.cached(CACHE / f"reference-{key}-{name}.pt", make)
 
 
 def evaluate(args, networks, images, labels, device):
-    """Pictures, samples.npz and the table of Frechet distances; networks: "model" and perhaps "one-step", the EMAs."""
+    """Pictures, samples.npz, the table of Frechet distances; networks: {"model": EMA, perhaps "one-step": EMA}."""
     run = Path(args.run_dir)
-    plan = [("model", args.solver, steps) for steps in (args.steps if args.solver != "dopri5" else args.steps[:1])]
-    if "one-step" in networks:
+    plan = [("model", args.solver, steps) for steps in args.steps[:1 if args.solver == "dopri5" else None]]
+    if args.one_step:
         plan += [row for row in [("model", "euler", 1), ("one-step", "euler", 1)] if row not in plan]
     for weights, solver, steps in plan:  # pictures first: whatever happens to the figures, they are there
         common.save_grid(sample(networks[weights], 64, solver, steps, args, device)[0],
@@ -512,36 +496,53 @@ def evaluate(args, networks, images, labels, device):
         part = sample(networks["model"], args.save_samples, args.solver, args.steps[-1], args, device)[0]
         common.save(lambda file: np.savez(file, part.permute(0, 2, 3, 1).cpu().numpy()), run / "samples.npz")
     if not args.fid_samples:
-        return common.say(f"pictures are in {run}; no distances (--fid-samples 0)")
+        return common.say(f"pictures are in {run}; no distance, as --fid-samples is 0")
     try:
         key = hashlib.sha256(images.cpu().numpy()).hexdigest()[:12]
-        with common.rank_zero_first():
-            features, name = (classifier_features(images, labels, device, key) if args.features == "classifier"
-                              else inception_features(args.fid_mode, device))
+        features, name = (classifier_features(images, labels, device, key) if args.features == "classifier"
+                          else inception_features(args.fid_mode, device))
         real = reference(features, name, images, key, device)
     except InputError as error:
-        raise InputError(f"no distances: {error}. Training and pictures are safe in {run}, and the same command "
-                         "evaluates them later") from None
+        raise InputError(f"no distance: {error}. The training and the pictures in {run} are safe, and the same "
+                         "command evaluates later") from None
     n, seen = args.fid_samples, args.iterations * args.batch_size
-    figure = "FD (classifier)" if args.features == "classifier" else "FID" if n >= 50_000 else f"FID-{n / 1000:g}k"
+    fid = "FID" if n >= 50_000 else f"FID-{n / 1000:g}k"
+    figure = fid if args.features == "inception" else "FD (classifier)"
     data = f"{len(images):,} {args.split} images of {args.data or 'data/mnist'}"
-    common.say(f"{figure}: {n:,} samples against {data}; {name}; EMA weights; seed {args.seed}; {seen:,} images seen\n"
-               f"{'weights':10}{'solver':8}{'NFE':>6}{figure:>18}{'straightness':>14}\n"
+    common.say(f"{figure}: {n:,} samples against {data}; {name}; EMA weights; seed {args.seed}; {seen:,} images "
+               f"seen\n{'weights':10}{'solver':8}{'NFE':>6}{figure:>18}{'straightness':>14}\n"
                f"{'real images, halved':24}{real['floor']:18.3f}\n{'pure noise':24}{real['noise']:18.3f}")
     results = json.loads((run / "results.json").read_text()) if (run / "results.json").exists() else []
     for weights, solver, steps in plan:
         part, nfe, straightness, _ = sample(networks[weights], n, solver, steps, args, device)
         value = frechet_distance(moments(features, part), real["moments"])
         common.say(f"{weights:10}{solver:8}{nfe:6.4g}{value:18.3f}{straightness:14.5f}")
-        row = dict(figure=figure, weights=f"{weights} EMA", solver=solver, steps=steps, n=n, features=name, reference=data,
-                   reference_sha256=key, seed=args.seed, images_seen=seen)
+        row = dict(figure=figure, weights=f"{weights} EMA", solver=solver, steps=steps, n=n, features=name,
+                   reference=data, reference_sha256=key, seed=args.seed, images_seen=seen)
         results = [old for old in results if any(old.get(k) != row[k] for k in row)]  # measured again: replaced
         results.append({**row, "value": value, "nfe": nfe, "straightness": straightness, "floor": real["floor"],
                         "noise": real["noise"], "torch": torch.__version__, "device": str(device)})
         common.save_json(results, run / "results.json")
 
 
-# ------------------------------------------------------------------------------------------------------------ training
+# -------------------------------------------------------------------------------------------------- training
+
+
+def resume(path, parts, iterations, definition):
+    """Load a checkpoint into `parts` {name: module or optimizer}; returns its iteration and the sums to log."""
+    saved = common.load_pt(path, [*parts, "iteration", "totals", "definition"])
+    differ = [f"--{key.replace('_', '-')} ({saved['definition'].get(key)} then, {value} now)"
+              for key, value in definition.items() if saved["definition"].get(key) != value]
+    if differ:
+        raise InputError(f"{path} comes from other flags: {', '.join(differ)}; give those, or another --run-dir")
+    if saved["iteration"] > iterations:
+        raise InputError(f"{path} is at iteration {saved['iteration']}, past --iterations {iterations}")
+    try:
+        for key, part in parts.items():
+            part.load_state_dict(saved[key])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise InputError(f"{path} holds another network: {str(error).splitlines()[0]}") from None
+    return saved["iteration"], saved["totals"]
 
 
 def fit(args, device, prefix, module, ema, draw, iterations, warmup, definition, grid):
@@ -555,48 +556,31 @@ def fit(args, device, prefix, module, ema, draw, iterations, warmup, definition,
     optimizer = torch.optim.Adam([p for p in module.parameters() if p.requires_grad], args.lr,
                                  fused=device.type in ("cpu", "cuda"))
     parts = {"module": module, "ema": ema, "optimizer": optimizer}
-    start, totals = 0, torch.zeros(2, len(module.columns), device=device)  # sums and counts since the last row
-    if path.exists():
-        saved = common.load_pt(path, [*parts, "iteration", "totals", "definition"])
-        differ = [f"--{key.replace('_', '-')} ({saved['definition'].get(key)} then, {value} now)"
-                  for key, value in definition.items() if saved["definition"].get(key) != value]
-        if differ:
-            raise InputError(f"{path} was trained with other flags: {', '.join(differ)}; use them or another --run-dir")
-        if saved["iteration"] > iterations:
-            raise InputError(f"{path} is at iteration {saved['iteration']}, past the {iterations} asked for")
-        try:
-            for key, part in parts.items():
-                part.load_state_dict(saved[key])
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise InputError(f"{path} holds another network: {str(error).splitlines()[0]}") from None
-        start, totals = saved["iteration"], saved["totals"].to(device)
+    start, totals = resume(path, parts, iterations, definition) if path.exists() else (0, torch.zeros(()))
+    totals = torch.zeros(2, len(module.columns), device=device) + totals.to(device)  # since the last row
     if start < iterations:
         one = [part[:1] if torch.is_tensor(part) else part for part in draw(start)]
         with FlopCounterMode(display=False) as counter:  # before compilation, which hides the operations
             module(*one)[0].backward()
         optimizer.zero_grad()
-        flops = counter.get_total_flops()  # of one image
+        flops = counter.get_total_flops()  # an image
         common.say(f"{name}, iterations {start} to {iterations}: {flops * args.batch_size / 1e9:,.1f} GFLOP each; "
                    f"{sum(p.numel() for p in module.network.parameters()):,} parameters in the network, "
                    f"{sum(p.numel() for p in module.parameters() if p.requires_grad):,} trained in all")
     if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):
-        for network in (module.network, ema.module, getattr(module, "encoder", None)):
-            if network is not None:
-                network.compile(dynamic=False)
+        for part in filter(None, (module.network, ema.module, getattr(module, "encoder", None))):
+            part.compile(dynamic=False)
     if start == iterations:
         return
     if rank() == 0:
-        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True)
-        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-        common.save_json(dict(args=vars(args), torch=torch.__version__, python=platform.python_version(), device=gpu,
-                              numpy=np.__version__, ranks=world(), commit=git.stdout.decode().strip()), run / "config.json")
-        rows = table.read_text().splitlines(keepends=True)[1:] if start else []
-        rows = [row for row in rows if int(row.split(",")[0]) <= start]  # later ones are trained and written again
+        common.save_json({"args": vars(args), **common.versions(device)}, run / "config.json")
+        rows = table.read_text().splitlines(keepends=True)[1:] if start and table.exists() else []
+        rows = [row for row in rows if int(row.split(",")[0]) <= start]  # later ones will be written again
         header = ",".join(["iteration", "images", *module.columns, "lr", "images_per_s", "model_tflop_per_s\n"])
         common.save(lambda file: file.write("".join([header, *rows]).encode()), table)
     step = nn.parallel.DistributedDataParallel(module) if world() > 1 else module
     never = torch.iinfo(torch.int64).max
-    first_bad, kept = torch.full((), never, device=device), start  # the first iteration of non-finite loss
+    first_bad, kept = torch.full((), never, device=device), start  # first iteration with a non-finite loss
     since, images_since = time.time(), 0
     with common.signals() as came, progress(range(start, iterations), name, initial=start, total=iterations) as bar:
         for i in bar:
@@ -609,16 +593,13 @@ def fit(args, device, prefix, module, ema, draw, iterations, warmup, definition,
             ema.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema_decay, (1 + i) / (10 + i)))
             ema.update_parameters(module.network)
             totals += log
-            first_bad = torch.where(loss.isfinite(), first_bad, first_bad.clamp(max=i + 1))  # read when logging: no wait
+            first_bad = torch.where(loss.isfinite(), first_bad, first_bad.clamp(max=i + 1))  # no wait for the GPU
             images_since += args.batch_size
 
-            stopping = int(all_reduce(torch.tensor(max(came, default=0)), dist.ReduceOp.MAX))  # gloo: no wait for a GPU
+            stopping = int(all_reduce(torch.tensor(max(came, default=0)), dist.ReduceOp.MAX))  # on the CPU
             logging = (i + 1) % LOG_EVERY == 0 or i + 1 == iterations
             saving = stopping or (i + 1) % args.checkpoint_every == 0 or i + 1 == iterations
-            if not (logging or saving):
-                continue
-            bad = int(all_reduce(first_bad.clone(), dist.ReduceOp.MIN))
-            if bad < never:
+            if (logging or saving) and (bad := int(all_reduce(first_bad.clone(), dist.ReduceOp.MIN))) < never:
                 raise InputError(f"the loss is not finite at iteration {bad} of {name}; " + (
                     f"{path} keeps iteration {kept}" if kept else "there was no checkpoint yet") + "; lower --lr?")
             if logging:
@@ -633,37 +614,41 @@ def fit(args, device, prefix, module, ema, draw, iterations, warmup, definition,
                 totals.zero_()
                 since, images_since = time.time(), 0
             if saving:
-                state = {key: part.state_dict() for key, part in parts.items()}
                 common.save_pt({"model": ema.module.state_dict(), "args": module.network.config},
                                run / f"{prefix.removesuffix('_') or 'model'}.pt")
-                common.save_pt({**state, "iteration": i + 1, "totals": all_reduce(totals.clone()) / world(),
-                                "definition": definition}, path)
+                common.save_pt({key: part.state_dict() for key, part in parts.items()} | {
+                    "iteration": i + 1, "definition": definition, "totals": all_reduce(totals.clone()) / world()}, path)
                 kept = i + 1
             if stopping:
                 common.say(f"stopped and saved at iteration {i + 1}; the same command continues")
                 raise SystemExit(128 + stopping)
             if saving:
-                common.save_grid(sample(ema.module, 64, *grid, args, device)[0], run / f"{prefix}samples_{i + 1:06d}.png")
+                pictures = sample(ema.module, 64, *grid, args, device)[0]
+                common.save_grid(pictures, run / f"{prefix}samples_{i + 1:06}.png")
+
+
+def prepare(network, args, device):
+    """Move a network to the device, in the layout and the precision that are fast there."""
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    network.amp = args.amp == "on" or (args.amp == "auto" and has_bf16)
+    return network.to(device, memory_format=torch.channels_last)
 
 
 def train(args, device, images):
-    """The one training session (sections 3-7); returns the EMA of the network."""
+    """The one training session; returns the EMA of the network."""
     torch.manual_seed(args.seed)
     shape = dict(image=IMAGE, multipliers=args.multipliers, dropout=args.dropout)
-    network = UNet(**shape, channels=args.channels, blocks=args.blocks, heads=max(1, args.rk_order),
-                   skip_phi=args.skip_phi)
-    encoder = UNet(**shape, channels=min(32, args.channels), blocks=min(2, args.blocks), skip_phi=0.5,
-                   c_out=2 * IMAGE[0]) if args.coupling == "learned" else None
-    for part in (network, encoder) if encoder else (network,):
-        prepare(part, args, device)
+    network = prepare(UNet(**shape, channels=args.channels, blocks=args.blocks, heads=max(1, args.rk_order),
+                           skip_phi=args.skip_phi), args, device)
+    encoder = prepare(UNet(**shape, channels=min(32, args.channels), blocks=min(2, args.blocks), skip_phi=0.5,
+                           c_out=2 * IMAGE[0]), args, device) if args.coupling == "learned" else None
     ema = AveragedModel(network).eval().requires_grad_(False)
     module = CatchUp(network, encoder, ema.module.velocity if args.target == "ema" else None, args)
     own = slice(rank() * args.batch_size // world(), (rank() + 1) * args.batch_size // world())
 
     def draw(i):
-        """This rank's part of batch i, drawn with replacement from (seed, i) alone, so that resuming needs no state."""
-        generator = torch.Generator(device).manual_seed(seed_of(args.seed, 2, i))
-        options = dict(size=(args.batch_size,), generator=generator, device=device)
+        """This rank's part of batch i, drawn with replacement from (seed, i) alone: resuming needs no state."""
+        options = dict(size=(args.batch_size,), device=device, generator=generator(device, args.seed, 2, i))
         index, noise = torch.randint(len(images), **options), normal(args.batch_size, device, args.seed, 3, i)
         t, uniform = EPS + (1 - EPS) * torch.rand(**options), torch.rand(**options)
         h = STEP_RULES[args.step_rule](t, args.intervals, uniform)
@@ -675,11 +660,11 @@ def train(args, device, images):
     return ema.module
 
 
-# ------------------------------------------------------------------------------------------------------ one-step stage
+# -------------------------------------------------------------------------------------------- one-step stage
 
 
 class OneStep(nn.Module):
-    """The loss of the one-step stage (section 8): x = z - v(z, 1) learns what the many-step model makes of z."""
+    """The loss of the additional training: z - v(z, 1), one step, learns what many steps make of the noise z."""
 
     columns = ("loss", "target", "ema")
 
@@ -688,14 +673,14 @@ class OneStep(nn.Module):
         self.network, self.slow = network, slow  # slow: the velocity of the network's EMA
 
     def forward(self, z, target):
-        """z, target [B, C, H, W]. The mean loss, and sums and counts [2, columns] to log."""
+        """z, target [B, C, H, W]. The mean loss; sums and counts [2, columns] to log."""
         ones = z.new_ones(len(z))
         v = self.network.velocity(z, ones)
         with torch.no_grad():
             v_ema = self.slow(z, ones)
         parts = [F.mse_loss(z - v, target), F.mse_loss(v, v_ema)]
         loss = parts[0] + 0.1 * parts[1]
-        return loss, torch.stack([torch.stack([loss, *parts]).detach(), ones.new_ones(3)])
+        return loss, torch.stack([torch.stack([loss, *parts]).detach(), z.new_ones(3)])
 
 
 @torch.no_grad()
@@ -711,7 +696,7 @@ def one_step_pairs(args, teacher, device):
 
 
 def train_one_step(args, device, teacher):
-    """The additional training: three stages, one for each target; returns the EMA of the student."""
+    """The additional training in three stages, one for each target; returns the EMA of the student."""
     student = prepare(UNet(**teacher.config), args, device)
     student.load_state_dict(teacher.state_dict())
     student.heads[1:].requires_grad_(False)
@@ -721,27 +706,22 @@ def train_one_step(args, device, teacher):
     def draw(i):
         if not pairs:  # made when first asked for: a finished student needs none
             pairs.extend(one_step_pairs(args, teacher, device))
-        generator = torch.Generator(device).manual_seed(seed_of(args.seed, 6, i, rank()))
-        index = torch.randint(len(pairs[0]), (args.batch_size // world(),), generator=generator, device=device)
+        index = torch.randint(len(pairs[0]), (args.batch_size // world(),), device=device,
+                              generator=generator(device, args.seed, 6, i, rank()))
         torch.manual_seed(seed_of(args.seed, 7, i, rank()))  # dropout
         return pairs[0][index], pairs[1][index, i // args.one_step_iterations].float()
 
     keys = vars(args).keys() - NOT_TRAINING | {"iterations", "one_step_iterations", "one_step_pairs"}
-    fit(args, device, "one_step_", OneStep(student, ema.module.velocity), ema, draw, 3 * args.one_step_iterations, 0,
-        {key: getattr(args, key) for key in sorted(keys)}, ("euler", 1))
+    fit(args, device, "one_step_", OneStep(student, ema.module.velocity), ema, draw, 3 * args.one_step_iterations,
+        0, {key: getattr(args, key) for key in sorted(keys)}, ("euler", 1))
     return ema.module
 
 
-# ---------------------------------------------------------------------------------------------------------------- main
-
-
-def prepare(network, args, device):
-    """Move a network to the device, in the layout and precision that are fast there."""
-    network.amp = args.amp == "on" or (args.amp == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
-    return network.to(device, memory_format=torch.channels_last)
+# ------------------------------------------------------------------------------------------------------ main
 
 
 def pick_device(name):
+    """The device asked for, or a GPU if there is one; under torchrun each rank has its own."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and world() > 1 else name)
@@ -757,7 +737,7 @@ def pick_device(name):
 def main(argv=None):
     """The command line; returns the exit status."""
     try:
-        if "LOCAL_RANK" in os.environ and not dist.is_initialized():
+        if "LOCAL_RANK" in os.environ:
             dist.init_process_group()  # gloo for the CPU, NCCL for CUDA
         args = parse_args(argv)
         device = pick_device(args.device)
