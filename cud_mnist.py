@@ -245,7 +245,10 @@ def conv(c_in, c_out, size, gain=1.0):
 
 
 def norm(channels):
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+    groups = min(32, channels // 4)
+    if channels % 2 or channels % groups:
+        raise InputError(f"--channels, --multipliers: GroupNorm cannot make {groups} groups of {channels} channels")
+    return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class Block(nn.Module):

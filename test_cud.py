@@ -1,0 +1,731 @@
+"""Tests of what could be wrong: theoretical orders, closed forms, independent computations, kills in the middle.
+
+    pytest                      everything, on a CPU, in a temporary folder, without network or data
+"""
+import json
+import math
+import os
+import pickle
+import platform
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from PIL import Image
+from scipy.integrate import solve_ivp
+from scipy.linalg import sqrtm
+
+import common
+import cud_mnist
+
+HERE = Path(__file__).parent
+REAL_MNIST = HERE.parent / "shared/data/mnist"
+TINY = shlex.split("--data glyphs --channels 8 --multipliers 1 2 --blocks 1 --batch-size 8 --fid-samples 0 --steps 2")
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Every test runs in its own folder, on one thread, with 300 glyphs."""
+    monkeypatch.chdir(tmp_path)
+    full = common.glyphs
+    monkeypatch.setattr(common, "glyphs", lambda n, size, seed=0: full(min(n, 600), size, seed))
+    torch.set_num_threads(1)
+
+
+# ---------------------------------------------------------------------------------------------------- solvers
+
+
+def field(x, t):
+    """A nonlinear, time-dependent field in the plane; x [B, 2], t [B]."""
+    a, b = x[:, 0], x[:, 1]
+    return torch.stack([torch.sin(2 * b) + t * a, torch.cos(a) - a * b * t], 1)
+
+
+def exact(x, t_start, t_end):
+    """The same field, written again and integrated by SciPy to 1e-13; x [B, 2], t_start and t_end floats."""
+    def f(t, y):
+        return [np.sin(2 * y[1]) + t * y[0], np.cos(y[0]) - y[0] * y[1] * t]
+    return torch.tensor(np.array([solve_ivp(f, (t_start, t_end), y, "DOP853", rtol=1e-13, atol=1e-13).y[:, -1]
+                                  for y in x.numpy()]))
+
+
+def slopes(errors):
+    return np.diff(np.log2(errors)) * -1
+
+
+X = torch.tensor([[0.3, -0.8], [1.1, 0.4], [-0.6, 0.9]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name, order", [("euler", 1), ("heun", 2), ("ab2", 2), ("ab3", 3)])
+@pytest.mark.parametrize("t_start, t_end", [(1.0, 0.0), (0.0, 1.0)])
+def test_solver_has_its_order_and_spends_its_steps(name, order, t_start, t_end):
+    end, errors = exact(X, t_start, t_end), []
+    for steps in (41, 81, 161):
+        calls, path = [], []
+
+        def velocity(x, t, calls=calls):
+            calls.append(t)
+            return field(x, t)
+        x, nfe = common.SOLVERS[name](velocity, X, steps, t_start, t_end, trajectory=path)
+        assert nfe == steps == len(calls)
+        assert path[0][0] == t_start and torch.equal(path[0][1], X) and torch.equal(path[0][2], field(X, calls[0]))
+        errors.append((x - end).abs().max().item())
+    assert slopes(errors)[-1] == pytest.approx(order, abs=0.15), errors
+
+
+def test_one_step_of_every_solver_is_euler():
+    for name in ("euler", "heun", "ab2", "ab3"):
+        x, _ = common.SOLVERS[name](field, X, 1)
+        torch.testing.assert_close(x, X - field(X, torch.ones(3, dtype=torch.float64)))
+
+
+def test_dopri5_meets_its_tolerance_and_counts_evaluations():
+    spent = []
+    for tolerance in (1e-4, 1e-7, 1e-10):
+        calls, path = [], []
+
+        def velocity(x, t, calls=calls):
+            calls.append(t)
+            return field(x, t)
+        x, nfe = common.dopri5(velocity, X, 15, 1.0, 0.0, tolerance, path)
+        assert nfe == len(calls) and (x - exact(X, 1.0, 0.0)).abs().max() < 30 * tolerance
+        times = [t for t, _, _ in path]
+        assert times[0] == 1.0 and times == sorted(times, reverse=True)
+        for t, point, v in path:
+            torch.testing.assert_close(v, field(point, torch.full((3,), t, dtype=torch.float64)), rtol=1e-12, atol=1e-12)
+        spent.append(nfe)
+    assert spent[0] < spent[1] < spent[2]
+    with pytest.raises(FloatingPointError):
+        common.dopri5(lambda x, t: x * math.nan, X)
+
+
+# ----------------------------------------------------------------------------------------------- catch-up points
+
+
+@pytest.mark.parametrize("points, order, theory", [
+    ("published", 1, [2]), ("published", 2, [3, 2]), ("published", 3, [3, 2, 2]),
+    ("dense", 1, [2]), ("dense", 2, [3, 3]), ("dense", 3, [3, 3, 4])])
+def test_catch_up_points_have_their_local_order(points, order, theory):
+    t, errors = torch.full((3,), 0.9, dtype=torch.float64), []
+    for h in (0.04, 0.02, 0.01, 0.005):
+        where, when = cud_mnist.catch_up_points(field, X, t, torch.full_like(t, h), field(X, t), order, points)
+        assert torch.allclose(when, torch.stack([t - (j + 1) * h for j in range(order)]))
+        errors.append([(where[j] - exact(X, 0.9, 0.9 - (j + 1) * h)).abs().max().item() for j in range(order)])
+    for j in range(order):
+        slope = slopes([e[j] for e in errors]).mean()
+        assert slope == pytest.approx(theory[j], abs=0.3), (j, slope)
+
+
+# ------------------------------------------------------------------------------------------------------- the loss
+
+B_TABLE = {  # typed again from the paper and from the classical methods, not imported: [k][j - 1]
+    "published": {1: [[1]], 2: [[.5, .5], [1, 1]],
+                  3: [[5/12, 2/3, -1/12], [10/12, 4/3, -2/12], [15/12, 2, -3/12]]},
+    "dense": {1: [[1]], 2: [[.5, .5], [0, 2]],
+              3: [[1 - 3/4 + 1/6, 1 - 1/3, -1/4 + 1/6], [2 - 3 + 8/6, 4 - 8/3, -1 + 8/6], [3/4, 0, 9/4]]}}
+A_TABLE = {"published": [[1], [1.75, .25]], "dense": [[1], [0, 2]]}
+
+
+class Heads(nn.Module):
+    """k heads v_j = tanh(A_j x + t b_j) on [B, 2, 1, 1], in float64."""
+
+    def __init__(self, k):
+        super().__init__()
+        draw = torch.Generator().manual_seed(5)
+        self.a = nn.Parameter(torch.randn(k, 2, 2, generator=draw, dtype=torch.float64))
+        self.b = nn.Parameter(torch.randn(k, 2, generator=draw, dtype=torch.float64))
+
+    def forward(self, x, t):
+        flat = torch.einsum("kij,bj->kbi", self.a, x.flatten(1)) + t[None, :, None] * self.b[:, None]
+        return flat.tanh()[..., None, None]
+
+
+def loss_by_hand(heads, ema, x, z, t, h, order, points):
+    """L_catchup and L_truth a sample, in NumPy, loop by loop."""
+    def v(net, j, point, time):
+        return np.tanh(net.a[j].detach().numpy() @ point + time * net.b[j].detach().numpy())
+    catchup, truth, eps = [], [], 1e-5
+    for x_i, z_i, t_i, h_i in zip(x.numpy().reshape(-1, 2), z.numpy().reshape(-1, 2), t.tolist(), h.tolist()):
+        x_t, u = t_i * z_i + (1 - t_i) * x_i, z_i - x_i
+        k = [v(heads, 0, x_t, t_i)]
+        for i in range(1, order):
+            point = x_t - h_i * sum(a * s for a, s in zip(A_TABLE[points][i - 1], k))
+            k.append(v(heads, 0, point, max(eps, t_i - i * h_i)))
+        c = w = 0.0
+        for j in range(max(order, 1)):
+            mine = v(heads, j, x_t, t_i)
+            w += np.mean((mine - u) ** 2)
+            if order:
+                point = x_t - h_i * sum(b * s for b, s in zip(B_TABLE[points][order][j], k))
+                y = u if t_i - order * h_i < eps else v(ema, 0, point, max(eps, t_i - (j + 1) * h_i))
+                c += np.mean((mine - y) ** 2)
+        catchup.append(c)
+        truth.append(w)
+    return np.array(catchup), np.array(truth)
+
+
+def case():
+    draw = torch.Generator().manual_seed(1)
+    x, z = torch.randn(2, 6, 2, 1, 1, generator=draw, dtype=torch.float64)
+    t = torch.tensor([0.9, 0.5, 0.3, 0.1, 0.05, 1e-5], dtype=torch.float64)  # the last three reach the data
+    return x, z, t, torch.tensor([0.06, 0.01, 0.0625, 0.05, 0.06, 0.03], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("points", ["published", "dense"])
+@pytest.mark.parametrize("order", [0, 1, 2, 3])
+@pytest.mark.parametrize("target", ["online", "ema"])
+def test_loss_equals_a_computation_by_hand(order, points, target):
+    heads, ema = Heads(max(order, 1)), Heads(1)
+    ema.a.data *= 0.7
+    x, z, t, h = case()
+    got = cud_mnist.catch_up_loss(heads, x, z, t, h, order, points,
+                                  target=(lambda x, t: ema(x, t)[0]) if target == "ema" else None)
+    by_hand = loss_by_hand(heads, ema if target == "ema" else heads, x, z, t, h, order, points)
+    for mine, theirs in zip(got, by_hand):
+        np.testing.assert_allclose(mine.detach().numpy(), theirs, rtol=1e-12)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_no_gradient_flows_through_a_target(order):
+    heads = Heads(order)
+    x, z, t, h = case()
+    z.requires_grad_()
+    sum(part.sum() for part in cud_mnist.catch_up_loss(heads, x, z, t, h, order)).backward()
+    got = [heads.a.grad.clone(), heads.b.grad.clone(), z.grad.clone()]
+    heads.zero_grad()
+    z.grad = None
+    with torch.no_grad():  # the targets as constants
+        x_t = t.view(-1, 1, 1, 1) * z + (1 - t.view(-1, 1, 1, 1)) * x
+        where, when = cud_mnist.catch_up_points(lambda x, t: heads(x, t)[0], x_t, t, h, heads(x_t, t)[0], order)
+        y = torch.stack([heads(p, s)[0] for p, s in zip(where, when)])
+        y[:, t - order * h < 1e-5] = (z - x)[t - order * h < 1e-5]
+    x_t = t.view(-1, 1, 1, 1) * z + (1 - t.view(-1, 1, 1, 1)) * x
+    v = heads(x_t, t)
+    (((v - y) ** 2).sum() / 2 + ((v - (z - x)) ** 2).sum() / 2).backward()  # a sample has two dimensions
+    for mine, theirs in zip(got, [heads.a.grad, heads.b.grad, z.grad]):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("order", [0, 1, 2, 3])
+def test_one_iteration_evaluates_what_the_order_needs(order):
+    heads, calls = Heads(max(order, 1)), []
+
+    def counted(kind, slot):
+        def call(x, t):
+            calls.append((kind, len(x), torch.is_grad_enabled()))
+            return heads(x, t) if slot is None else heads(x, t)[slot]
+        return call
+    cud_mnist.catch_up_loss(counted("heads", None), *case(), order, velocity=counted("stage", 0),
+                            target=counted("target", 0))
+    expected = [("heads", 6, True)] + [("stage", 6, False)] * (order - 1) + [("target", 6 * order, False)] * (order > 0)
+    assert calls == expected
+
+
+def small_args(*flags):
+    return cud_mnist.parse_args([*TINY, *flags])
+
+
+def small_unet(**options):
+    return cud_mnist.UNet(**{**dict(image=(1, 28, 28), channels=8, multipliers=[1, 2], blocks=1, dropout=0.0), **options})
+
+
+def test_learned_coupling_the_ramp_and_the_log():
+    torch.manual_seed(0)
+    network, encoder = small_unet(heads=2), small_unet(c_out=2, skip_phi=0.5)
+    for p in encoder.heads.parameters():  # away from the near-zero start
+        nn.init.normal_(p, std=0.1)
+    x, noise = torch.randn(2, 5, 1, 28, 28)
+    t, h = torch.tensor([0.1, 0.3, 0.55, 0.8, 0.99]), torch.full((5,), 0.02)
+    mu, log_var = encoder(x, torch.ones(5))[0].chunk(2, 1)
+    q = torch.distributions.Normal(mu, (log_var / 2).exp())
+    kl = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0)).flatten(1).mean(1)
+    catchup, truth = cud_mnist.catch_up_loss(network, x, mu + q.stddev * noise, t, h, 2)
+    args = small_args("--rk-order", "2", "--loss-ramp", "--kl-weight", "7")
+    loss, log = cud_mnist.CatchUp(network, encoder, None, args)(x, noise, t, h, 0.25)
+    each = 0.5 * catchup + 1.5 * truth + 7 * kl
+    torch.testing.assert_close(loss, each.mean())
+    expected = [each.mean(), catchup.mean(), truth.mean(), kl.mean(), each[0], each[1], each[2], each[3:].mean()]
+    torch.testing.assert_close(log[0] / log[1], torch.stack(expected).detach())
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in encoder.heads.parameters())
+
+
+def test_step_rules():
+    t, uniform = torch.tensor([0.2, 0.8]), torch.tensor([0.5, 0.25])
+    rules = {name: rule(t, 16, uniform).tolist() for name, rule in cud_mnist.STEP_RULES.items()}
+    assert rules == {"uniform": pytest.approx([1/32, 1/64]), "proportional": pytest.approx([0.0125, 0.05]),
+                     "constant": [1/16, 1/16]}
+
+
+# ------------------------------------------------------------------------------------------------------- networks
+
+
+def parameters(**options):
+    with torch.device("meta"):
+        return sum(p.numel() for p in cud_mnist.UNet(dropout=0.13, **options).parameters())
+
+
+def test_parameter_counts_are_the_paper_s():
+    mnist = dict(image=(1, 28, 28), channels=32, multipliers=[2, 2, 2], blocks=2)
+    assert parameters(**mnist) == 2_155_201 and parameters(**mnist, heads=3) == 2_155_201 + 2 * 705
+    assert parameters(**mnist, c_out=2) == 2_155_778
+    cifar = dict(image=(3, 32, 32), multipliers=[2, 2, 2])
+    assert parameters(**cifar, channels=128, blocks=4, heads=2) == 55_732_739 + 7_427
+    assert parameters(**cifar, channels=32, blocks=2, c_out=6) == 2_208_966
+
+
+def test_time_embedding_and_skip_scaling():
+    torch.manual_seed(0)
+    t, x, seen = torch.tensor([0.0, 0.3, 1.0]), torch.randn(3, 1, 28, 28), {}
+    plain = small_unet(skip_phi=0.5)
+    scaled = small_unet(skip_phi=0.75)
+    scaled.load_state_dict(plain.state_dict())
+    for name, network in (("plain", plain), ("scaled", scaled)):
+        network.embed.register_forward_pre_hook(lambda m, inputs: seen.update(embedding=inputs[0]))
+        network.decoder[0].register_forward_pre_hook(lambda m, inputs, name=name: seen.update({name: inputs[0]}))
+        network(x, t)
+    half = len(seen["embedding"][0]) // 2
+    for b, i in np.ndindex(3, half):  # sin first, frequencies from 1 down to 1e-4, t as it is
+        angle = t[b].item() * 10_000 ** (-i / (half - 1))
+        assert seen["embedding"][b, i].item() == pytest.approx(math.sin(angle), abs=1e-6)
+        assert seen["embedding"][b, half + i].item() == pytest.approx(math.cos(angle), abs=1e-6)
+    for b, p in enumerate([0.75, 0.3 * -0.5 + 0.75, 0.25]):  # 16 channels of h, then the skip's 16
+        torch.testing.assert_close(seen["scaled"][b, :16], 2 * p * seen["plain"][b, :16])
+        torch.testing.assert_close(seen["scaled"][b, 16:], 2 * (1 - p) * seen["plain"][b, 16:])
+
+
+def test_attention_equals_its_definition():
+    torch.manual_seed(0)
+    block = cud_mnist.Block(8, 8, 16, 0.0, attention=True)
+    nn.init.normal_(block.proj.weight)
+    x, emb = torch.randn(2, 8, 4, 4), torch.randn(2, 16)
+    got = block(x, emb)
+    block.attention = False
+    h = block(x, emb)
+    q, k, v = block.qkv(block.norm3(h)).flatten(2).chunk(3, 1)  # [B, C, H W]
+    weights = torch.softmax(torch.einsum("bci,bcj->bij", q, k) / 8 ** 0.5, -1)
+    mixed = torch.einsum("bij,bcj->bci", weights, v).view_as(h)
+    torch.testing.assert_close(got, (h + block.proj(mixed)) / 2 ** 0.5)
+
+
+def test_training_costs_4_6_8_forward_passes():
+    counts = []
+    for order in (1, 2, 3):
+        module = cud_mnist.CatchUp(small_unet(heads=order), None, None, small_args("--rk-order", str(order)))
+        x, t = torch.randn(2, 1, 28, 28), torch.tensor([0.5, 0.9])
+        with cud_mnist.FlopCounterMode(display=False) as total:
+            module(x, x, t, t / 16, 0.0)[0].backward()
+        with cud_mnist.FlopCounterMode(display=False) as forward:
+            module.network.velocity(x, t)
+        counts.append(total.get_total_flops() / forward.get_total_flops())
+    assert counts == pytest.approx([4, 6, 8], rel=0.03)
+
+
+# ------------------------------------------------------------------------------------------------------- distances
+
+
+def test_frechet_distance_of_two_gaussians():
+    rng = np.random.default_rng(0)
+    sets, fits = [], []
+    for shift in (0.0, 1.5):
+        mix = rng.normal(size=(6, 6))
+        sets.append(torch.tensor(rng.normal(size=(900, 6)) @ mix + shift, dtype=torch.float32))
+        fits.append((sets[-1].double().numpy().mean(0), np.cov(sets[-1].double().numpy().T)))
+    (mean_a, cov_a), (mean_b, cov_b) = fits
+    closed = ((mean_a - mean_b) ** 2).sum() + np.trace(cov_a + cov_b - 2 * sqrtm(cov_a @ cov_b).real)
+    a, b = (cud_mnist.moments(lambda part: part, x) for x in sets)
+    assert cud_mnist.frechet_distance(a, b) == pytest.approx(closed, rel=1e-9)
+    assert cud_mnist.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    torch.testing.assert_close(cud_mnist.moments(lambda part: part, sets[0][:400]) +
+                               cud_mnist.moments(lambda part: part, sets[0][400:]), a)
+
+
+def test_straightness_and_samples():
+    class Rotation:  # dx/dt = w x on a known circle: straightness by quadrature, samples by the closed form
+        @staticmethod
+        def velocity(x, t):
+            return -2.0 * x
+    args = small_args("--seed", "4")
+    images, nfe, bend, x0_hats = cud_mnist.sample(Rotation, 700, "euler", 10, args, torch.device("cpu"))
+    z = torch.cat([cud_mnist.normal(500, "cpu", 4, 1, i) for i in range(2)])[:700]
+    assert nfe == 10 and torch.equal(images, common.to_uint8(z * 1.2 ** 10))
+    square = z.square().mean().item()
+    path = 1.2 ** np.arange(10)
+    assert bend == pytest.approx(square * np.mean((-2 * path - (1 - 1.2 ** 10)) ** 2), rel=0.01)
+    torch.testing.assert_close(x0_hats[0, :5].float(), common.to_uint8(3 * cud_mnist.normal(500, "cpu", 4, 1, 1))[:5].float())
+
+
+# ------------------------------------------------------------------------------------------------------------ data
+
+
+def test_glyphs():
+    images, labels = common.glyphs(400, 28, seed=3)
+    again, _ = common.glyphs(400, 28, seed=3)
+    assert images.shape == (400, 1, 28, 28) and images.dtype == torch.uint8 and torch.equal(images, again)
+    assert labels.unique().tolist() == list(range(10)) and images.amax((1, 2, 3)).min() > 200
+    flat = images.flatten(1).float()
+    means = torch.stack([flat[labels == d].mean(0) for d in range(10)])
+    nearest = torch.cdist(flat, means).argmin(1)
+    assert (nearest == labels).float().mean() > 0.8  # ten classes that the eye, and a mean, can tell apart
+    edge = torch.cat([images[..., 0, :], images[..., -1, :], images[..., :, 0], images[..., :, -1]], -1)
+    assert (edge > 0).float().mean() < 0.01  # no digit is cut off
+
+
+def test_uint8_round_trip_and_grid():
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    assert torch.equal(common.to_uint8(common.to_float(levels)), levels)
+    assert common.to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
+    images = torch.randint(0, 255, (5, 3, 4, 4), dtype=torch.uint8)
+    common.save_grid(images, "grid.png", columns=3, zoom=1)
+    pixels = np.asarray(Image.open("grid.png"))
+    assert pixels.shape == (12, 18, 3)
+    assert (pixels[7:11, 1:5] == images[3].permute(1, 2, 0).numpy()).all()  # the fourth begins the second row
+
+
+def write_idx(folder, images, labels, monkeypatch):
+    """MNIST's format for arrays of ours; their MD5 become the official ones."""
+    import gzip
+    Path(folder).mkdir()
+    for name, array in (("t10k-images-idx3-ubyte.gz", images), ("t10k-labels-idx1-ubyte.gz", labels)):
+        header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
+        path = Path(folder) / name
+        path.write_bytes(gzip.compress(header + array.tobytes()))
+        monkeypatch.setitem(common.MNIST_MD5, name, common.md5(path))
+
+
+def test_mnist_files(monkeypatch):
+    images, labels = np.random.default_rng(0).integers(0, 256, (7, 28, 28), np.uint8), np.arange(7, dtype=np.uint8)
+    write_idx("mnist", images, labels, monkeypatch)
+    got, classes = common.load_mnist("mnist", "test")
+    assert (got.numpy()[:, 0] == images).all() and classes.tolist() == list(range(7))
+
+
+@pytest.mark.skipif(not REAL_MNIST.exists(), reason="no real MNIST beside the project")
+def test_real_mnist():
+    images, labels = common.load_mnist(REAL_MNIST, "test")
+    assert images.shape == (10_000, 1, 28, 28) and labels[:5].tolist() == [7, 2, 1, 0, 4]
+    assert images.float().mean().item() == pytest.approx(33.79, abs=0.01)
+
+
+def test_download_tries_the_mirrors_and_leaves_no_half_file(tmp_path):
+    (tmp_path / "good").write_bytes(b"good")
+    (tmp_path / "bad").write_bytes(b"bad")
+    good, md5 = (tmp_path / "good").as_uri(), common.md5(tmp_path / "good")
+    common.download([(tmp_path / "missing").as_uri(), (tmp_path / "bad").as_uri(), good], Path("data/file"), md5)
+    assert Path("data/file").read_bytes() == b"good" and os.listdir("data") == ["file"]
+    with pytest.raises(common.InputError, match="wrong MD5.*put the file at"):
+        common.download([(tmp_path / "bad").as_uri()], Path("data/other"), md5)
+    assert os.listdir("data") == ["file"]
+
+
+# ------------------------------------------------------------------------------------------------------ whole runs
+
+
+def run(*flags, capsys=None):
+    """main() in this process; returns the exit status and the lines on stderr."""
+    if capsys:
+        capsys.readouterr()
+    status = cud_mnist.main([*TINY, *flags])
+    return status, capsys.readouterr().err.splitlines() if capsys else None
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """--quick, shortened; returns its folder."""
+    folder, before = tmp_path_factory.mktemp("quick"), os.getcwd()
+    os.chdir(folder)
+    flags = "--quick --iterations 30 --multipliers 1 2 --one-step-iterations 4 --one-step-pairs 30 --steps 1 3"
+    try:
+        assert cud_mnist.main([*shlex.split(flags), "--fid-samples", "300", "--checkpoint-every", "20"]) == 0
+    finally:
+        os.chdir(before)
+    return folder
+
+
+def test_quick_leaves_a_whole_run(quick, monkeypatch, capsys):
+    monkeypatch.chdir(quick)
+    folder = Path("runs/mnist-quick")
+    names = {"config.json", "metrics.csv", "checkpoint.pt", "model.pt", "results.json", "trajectory.png", "one_step.pt",
+             "samples_000020.png", "samples_000030.png", "samples_model_euler3.png", "samples_one-step_euler1.png"}
+    assert names <= set(os.listdir(folder))
+    results = json.loads((folder / "results.json").read_text())
+    assert [(r["weights"], r["steps"]) for r in results] == [("model EMA", 1), ("model EMA", 3), ("one-step EMA", 1)]
+    for r in results:
+        assert r["figure"] == "FD (classifier)" and r["n"] == 300 and r["images_seen"] == 960
+        assert 0 < r["floor"] < r["value"] < 2 * r["noise"] and r["features"].startswith("classifier-")
+    assert results[0]["straightness"] < 1e-10 < results[1]["straightness"]  # one step is straight
+    config = json.loads((folder / "config.json").read_text())
+    assert config["args"]["iterations"] == 30 and config["torch"] == torch.__version__
+    # finished: evaluated again with other flags, nothing trained, the same figures
+    before = {name: (folder / name).read_bytes() for name in ("checkpoint.pt", "model.pt", "metrics.csv")}
+    flags = shlex.split("--quick --iterations 30 --multipliers 1 2 --one-step-iterations 4 --one-step-pairs 30")
+    more = shlex.split("--steps 3 5 --solver heun --fid-samples 300 --save-samples 12 --checkpoint-every 7")
+    assert cud_mnist.main(flags + more) == 0
+    assert all((folder / name).read_bytes() == content for name, content in before.items())
+    with np.load(folder / "samples.npz") as file:
+        assert file["arr_0"].shape == (12, 28, 28, 1) and file["arr_0"].dtype == np.uint8
+    again = json.loads((folder / "results.json").read_text())
+    assert len(again) == 5 and again[1] == {**results[1]}
+    assert next(r for r in again if r["weights"] == "one-step EMA")["value"] == pytest.approx(results[2]["value"])
+    assert "heun" in capsys.readouterr().out
+    assert cud_mnist.main([*flags, "--solver", "dopri5", "--no-one-step", "--fid-samples", "300", "--tolerance", "1e-2"]) == 0
+    last = json.loads((folder / "results.json").read_text())[-1]
+    assert last["solver"] == "dopri5" and last["nfe"] >= 7 and last["nfe"] % 6 == 1
+
+
+def test_one_step_pairs_and_loss():
+    torch.manual_seed(0)
+    args, network = small_args("--one-step-pairs", "7", "--seed", "2"), small_unet(heads=2).eval()
+    nn.init.normal_(network.heads[0][2].weight, std=0.1)
+    noise, targets = cud_mnist.one_step_pairs(args, network, torch.device("cpu"))
+    assert noise.shape == (7, 1, 28, 28) and targets.shape == (7, 3, 1, 28, 28)
+    x, hats = noise, []
+    with torch.no_grad():
+        for i in range(16):
+            t = 1 - i / 16
+            v = network(x, torch.full((7,), t))[0]
+            hats.append(x - t * v)
+            x = x - v / 16
+        for j, evaluation in enumerate((9, 12, 15)):
+            torch.testing.assert_close(targets[:, j].float(), hats[evaluation - 1], rtol=2e-3, atol=2e-3)
+        module = cud_mnist.OneStep(network, lambda z, t: 0.5 * z)
+        loss, log = module(noise, targets[:, 0].float())
+        v = network(noise, torch.ones(7))[0]
+        torch.testing.assert_close(loss, (noise - v - targets[:, 0]).square().mean() + 0.1 * (v - noise / 2).square().mean())
+
+
+SCRIPT = "import sys, common, cud_mnist; cud_mnist.LOG_EVERY = 4; full = common.glyphs; " \
+         "common.glyphs = lambda n, size: full(600, size); sys.exit(cud_mnist.main(sys.argv[1:]))"
+EXACT = shlex.split("--rk-order 3 --coupling learned --dropout 0.3 --target ema --one-step --one-step-iterations 3 "
+                    "--one-step-pairs 20 --iterations 26 --checkpoint-every 9")
+
+
+def start(*flags, launcher=(), **options):
+    """The script in a process of its own, with 600 glyphs and a row of metrics.csv every 4 iterations."""
+    Path("go.py").write_text(SCRIPT)
+    env = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, *launcher, "go.py", *TINY, *flags], env=env, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, **options)
+
+
+def wait_for(process, condition, seconds=120):
+    limit = time.time() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.time() < limit
+        time.sleep(0.002)
+
+
+def table(folder):
+    """metrics.csv without the two columns of speed."""
+    return [row.split(",")[:-2] for row in Path(folder, "metrics.csv").read_text().splitlines()]
+
+
+def leaves(tree):
+    """The tensors and values in nested dicts and lists."""
+    if isinstance(tree, (dict, list, tuple)):
+        for branch in tree.values() if isinstance(tree, dict) else tree:
+            yield from leaves(branch)
+    else:
+        yield tree
+
+
+def test_a_run_killed_and_continued_equals_one_never_stopped():
+    whole = start(*EXACT, "--run-dir", "whole")
+    assert whole.wait() == 0, whole.communicate()
+    killed = start(*EXACT, "--run-dir", "killed")  # kill -9 between the checkpoints of iterations 9 and 18
+    metrics = Path("killed/metrics.csv")
+    wait_for(killed, lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 3)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert torch.load("killed/checkpoint.pt")["iteration"] == 9 and len(table("killed")) > 3
+    asked = start(*EXACT, "--run-dir", "killed")  # then SIGTERM: saved, and status 143
+    wait_for(asked, lambda: len(metrics.read_text().splitlines()) == 3)  # rows past the checkpoint are gone ...
+    wait_for(asked, lambda: len(metrics.read_text().splitlines()) > 3)   # ... and come again
+    asked.send_signal(signal.SIGTERM)
+    out, err = asked.communicate()
+    assert asked.returncode == 143 and "stopped and saved at iteration" in out, (out, err)
+    assert 9 < torch.load("killed/checkpoint.pt")["iteration"] < 26
+    last = start(*EXACT, "--run-dir", "killed")
+    assert last.wait() == 0, last.communicate()
+    assert table("killed") == table("whole") and len(table("whole")) == 1 + 7
+    for name in ("checkpoint.pt", "one_step_checkpoint.pt", "model.pt", "one_step.pt"):
+        a, b = torch.load(f"whole/{name}"), torch.load(f"killed/{name}")
+        a, b = list(leaves(a)), list(leaves(b))
+        assert len(a) == len(b) > 50
+        assert all(torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in zip(a, b)), name
+
+
+def test_two_ranks_equal_one():
+    flags = shlex.split("--rk-order 2 --dropout 0 --iterations 1 --save-samples 70 --solver ab2")
+    assert start(*flags, "--run-dir", "one").wait() == 0
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    two = start(*flags, "--run-dir", "two", launcher=launcher)
+    out, err = two.communicate()
+    assert two.returncode == 0 and out.count("parameters in the network") == 1, err  # rank 0 alone speaks
+    a, b = (torch.load(f"{name}/checkpoint.pt") for name in ("one", "two"))
+    assert table("one")[1][:2] == table("two")[1][:2]
+    rows = [[float(cell or 0) for cell in table(name)[1]] for name in ("one", "two")]  # empty: no t in a quarter
+    np.testing.assert_allclose(*rows, rtol=1e-4)
+    for x, y in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values()):
+        torch.testing.assert_close(x["exp_avg"], y["exp_avg"], rtol=1e-3, atol=1e-7)  # 0.1 x the first gradient
+    x, y = (np.load(f"{name}/samples.npz")["arr_0"].astype(int) for name in ("one", "two"))
+    assert abs(x - y).max() <= 1
+
+
+def test_inception_features_end_to_end(monkeypatch, capsys):
+    monkeypatch.setattr(platform, "system", lambda: "Windows")  # clean-fid then keeps its weights in this folder
+    monkeypatch.setattr(common, "download", lambda urls, path: (_ for _ in ()).throw(
+        common.InputError(f"cannot download {urls[0]}; put the file at {path} yourself")))
+    flags = ("--iterations", "2", "--fid-samples", "2100")
+    status, err = run(*flags, capsys=capsys)
+    assert status == 2 and len(err) == 1 and "inception-2015-12-05.pt" in err[0] and "evaluates later" in err[0]
+    assert Path("runs/mnist/samples_model_euler2.png").exists() and Path("runs/mnist/model.pt").exists()
+    Path("inception-2015-12-05.pt").write_bytes(b"PK cut short")
+    status, err = run(*flags, capsys=capsys)
+    assert status == 2 and "cut short" in err[0]
+
+    class StandIn(nn.Module):
+        """Random features with the interface of the TorchScript Inception."""
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.layers = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 2048), nn.ReLU())
+
+        def forward(self, x, return_features: bool = True):
+            return self.layers(x / 128 - 1)
+    torch.jit.script(StandIn()).save("inception-2015-12-05.pt")
+    full = common.glyphs
+    monkeypatch.setattr(common, "glyphs", lambda n, size: tuple(part.repeat(7, *[1] * (part.dim() - 1)) for part in full(n, size)))
+    assert run("--iterations", "2", "--fid-samples", "2100", "--run-dir", "again")[0] == 0
+    row = json.loads(Path("again/results.json").read_text())[0]
+    assert row["figure"] == "FID-2.1k" and row["features"] == "inception-legacy_tensorflow" and row["value"] > row["floor"]
+    reference = torch.load(next(Path("data/cache").glob("reference-*")))["moments"]
+    images = full(600, 28)[0].repeat(7, 3, 1, 1).float()
+    network = torch.jit.load("inception-2015-12-05.pt")
+    np.testing.assert_allclose(reference[-1, :-1] / 4200, network(images).mean(0).detach(), rtol=1e-4)
+    features, name = cud_mnist.inception_features("clean", torch.device("cpu"))
+    big = np.stack([np.asarray(Image.fromarray(i[0].numpy()).resize((299, 299), Image.BICUBIC)) for i in images[:2]])
+    expected = network.layers((torch.tensor(big).clip(0, 255).unsqueeze(1).expand(-1, 3, -1, -1) - 128) / 128)
+    torch.testing.assert_close(features(images[:2, :1].byte()), expected, rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--rk-order 4", "--rk-order"), ("--rk-points fine", "--rk-points"), ("--steps 0", "--steps"),
+    ("--steps x", "--steps"), ("--solver heun --steps 3 4", "heun takes odd"), ("--solver rk4", "--solver"),
+    ("--fid-samples 2048", "needs more images"), ("--fid-samples 224 --features classifier", "needs more images"),
+    ("--skip-phi 0", "--skip-phi"), ("--skip-phi 1", "--skip-phi"), ("--batch-size 0", "--batch-size"),
+    ("--lr 0", "--lr"), ("--lr nan", "--lr"), ("--ema-decay 1", "--ema-decay"), ("--dropout 1", "--dropout"),
+    ("--iterations 0", "--iterations"), ("--intervals 0", "--intervals"), ("--kl-weight -1", "--kl-weight"),
+    ("--tolerance 0", "--tolerance"), ("--seed -1", "--seed"), ("--split val", "--split"), ("--order 2", "--order"),
+    ("--checkpoint-every 0", "--checkpoint-every"), ("--multipliers 1 2 2 2", "cannot be halved"),
+    ("--channels 36 --multipliers 2 2", "--channels"), ("--channels 9", "--channels"), ("--device gpu", "--device gpu"),
+    ("--data nowhere", "t10k-images-idx3-ubyte.gz is missing"), ("--run-dir taken", "taken"),
+    ("--features classifier --fid-samples 300 --run-dir x/../taken/x", "taken")])
+def test_bad_flags_get_one_line(flags, message, capsys):
+    Path("taken").write_text("a file where a folder should be")
+    status, err = run("--split", "test", *shlex.split(flags), "--iterations" if "--iterations" not in flags else "--lr",
+                      "1", capsys=capsys)
+    assert status == 2 and len(err) == 1 and err[0].startswith("cud_mnist.py: error: ") and message in err[0], err
+    assert os.listdir() == ["taken"] or not Path("runs/mnist/checkpoint.pt").exists()
+
+
+def test_bad_data_gets_one_line(monkeypatch, capsys):
+    write_idx("mnist", np.zeros((9, 28, 28), np.uint8), np.zeros(9, np.uint8), monkeypatch)
+    path = Path("mnist/t10k-images-idx3-ubyte.gz")
+    path.write_bytes(path.read_bytes()[:-7])
+    status, err = run("--data", "mnist", "--split", "test", capsys=capsys)
+    assert status == 2 and len(err) == 1 and str(path) in err[0] and "wrong MD5" in err[0]
+
+
+def test_ranks_must_divide_the_batch(monkeypatch):
+    monkeypatch.setattr(cud_mnist, "world", lambda: 3)
+    with pytest.raises(common.InputError, match="--batch-size 8 is not divisible by the 3 ranks"):
+        small_args()
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, ("run_by_the_pickle",)
+
+
+def test_bad_checkpoints_are_refused_and_left_alone(capsys):
+    path = Path("runs/mnist/checkpoint.pt")
+    assert run("--iterations", "2")[0] == 0
+    good = path.read_bytes()
+
+    def refused(message, *flags):
+        before = {file: file.read_bytes() for file in path.parent.iterdir()}
+        status, err = run("--iterations", "4", *flags, capsys=capsys)
+        assert status == 2 and len(err) == 1 and message in err[0], err
+        assert before == {file: file.read_bytes() for file in path.parent.iterdir()}
+
+    refused("--rk-order (1 then, 2 now), --lr (0.0003 then, 0.1 now)", "--rk-order", "2", "--lr", "0.1")
+    assert run("--iterations", "1", capsys=capsys)[1][0].endswith("is at iteration 2, past --iterations 1")
+    path.write_bytes(good[:len(good) // 2])
+    refused("checkpoint.pt is not a file this script wrote, or is damaged")
+    torch.save({"state": 1}, path)
+    refused("checkpoint.pt is not this script's: it has no module")
+    saved = torch.load(path.with_name("model.pt"))
+    torch.save({"module": saved["model"], "ema": {}, "optimizer": {}, "iteration": 1, "totals": torch.zeros(2, 8),
+                "definition": {k: v for k, v in vars(small_args()).items() if k not in cud_mnist.NOT_TRAINING}}, path)
+    refused("checkpoint.pt holds another network")
+    path.write_bytes(pickle.dumps(Payload()))
+    refused("checkpoint.pt is not a file this script wrote")
+    torch.save({"module": Payload()}, path)
+    refused("checkpoint.pt is not a file this script wrote")
+    assert not Path("run_by_the_pickle").exists()
+    path.write_bytes(good)
+    assert run("--iterations", "4")[0] == 0  # may grow
+    assert [row[0] for row in table("runs/mnist")] == ["iteration", "2", "4"]
+
+
+def test_a_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(monkeypatch, capsys):
+    forward, calls = cud_mnist.CatchUp.forward, []
+
+    def failing(self, *batch):
+        loss, log = forward(self, *batch)
+        calls.append(0)
+        return loss * (math.nan if len(calls) == 8 else 1), log  # the first call counts FLOPs: this is iteration 7
+    monkeypatch.setattr(cud_mnist.CatchUp, "forward", failing)
+    status, err = run("--iterations", "20", "--checkpoint-every", "5", capsys=capsys)
+    assert status == 2 and len(err) == 1 and "not finite at iteration 7" in err[0] and "keeps iteration 5" in err[0]
+    assert torch.load("runs/mnist/checkpoint.pt")["iteration"] == 5
+    assert all(value.isfinite().all() for value in torch.load("runs/mnist/model.pt")["model"].values())
+
+
+# ---------------------------------------------------------------------------------------------------------- README
+
+
+def test_readme_commands_parse_and_its_python_runs(quick, monkeypatch):
+    text = (HERE / "README.md").read_text()
+    commands = [line for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.replace("\\\n", " ").splitlines()]
+    found = [m.group(1) for line in commands for m in re.finditer(r"cud_mnist\.py([^#;&|]*)", line)]
+    assert len(found) > 5
+    for flags in found:
+        cud_mnist.parse_args(shlex.split(re.sub(r"\$\w+", "1", flags)))
+    monkeypatch.chdir(quick)
+    monkeypatch.syspath_prepend(str(HERE))
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(blocks) >= 2
+    for block in blocks:
+        exec(compile(block.replace("runs/mnist/", "runs/mnist-quick/"), "README.md", "exec"), {})
+
+
+def test_every_flag_is_explained():
+    text = subprocess.run([sys.executable, HERE / "cud_mnist.py", "--help"], capture_output=True, text=True, check=True,
+                          env={**os.environ, "COLUMNS": "200"}).stdout
+    for flag in re.findall(r"flag\(\"(--[a-z-]+)\"", (HERE / "cud_mnist.py").read_text()):
+        assert re.search(rf"^  {flag}.*\n?.*[a-z]{{3}}", text, re.M), flag
+    assert "(default: 50000)" in text and not list(Path().iterdir())  # importing and helping write nothing
