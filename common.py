@@ -1,7 +1,7 @@
 """What the three training scripts share: data utilities and ODE solvers. Nothing here knows the method.
 
-Images are uint8 [N, C, H, W] in [0, 255] at rest and float32 in [-1, 1] inside a network. Time is the scripts': t = 0
-is data, t = 1 is noise; the solvers integrate dx/dt = velocity(x, t) between any two times, in either direction.
+Images are uint8 [N, C, H, W] in [0, 255] at rest and float32 in [-1, 1] inside a network. Time t = 0 is data,
+t = 1 is noise; the solvers integrate dx/dt = velocity(x, t) between any two times, in either direction.
 """
 import argparse
 import gzip
@@ -11,10 +11,10 @@ import math
 import os
 import platform
 import signal
-import subprocess
 import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
+from subprocess import run
 
 import numpy as np
 import torch
@@ -26,11 +26,11 @@ from tqdm import tqdm
 
 
 class InputError(Exception):
-    """Something the user gave cannot be used; the message is one line that says what, where and what to do."""
+    """Something the user gave cannot be used; the message says in one line what, where and what to do."""
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with the docstring as it stands, defaults in --help, no abbreviations, and InputError for errors."""
+    """argparse with the docstring verbatim, defaults in --help, no abbreviations, InputError for errors."""
 
     class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
         pass
@@ -46,11 +46,11 @@ def number(kind, low=None, above=None, below=None):
     """An argparse type: an int or a float, at least `low`, strictly above `above`, strictly below `below`."""
     def parse(text):
         value = kind(text)
-        if not math.isfinite(value) or (low is not None and value < low) or (above is not None and value <= above) \
-                or (below is not None and value >= below):
+        if not math.isfinite(value) or (low is not None and value < low) \
+                or (above is not None and value <= above) or (below is not None and value >= below):
             bounds = [("at least", low), ("above", above), ("below", below)]
-            raise argparse.ArgumentTypeError(
-                f"{text} must be " + " and ".join(f"{word} {bound}" for word, bound in bounds if bound is not None))
+            bounds = " and ".join(f"{word} {bound}" for word, bound in bounds if bound is not None)
+            raise argparse.ArgumentTypeError(f"{text} must be {bounds}")
         return value
     parse.__name__ = kind.__name__  # argparse names the type in "invalid int value"
     return parse
@@ -118,7 +118,7 @@ def signals():
 
 @contextmanager
 def replacing(path):
-    """Open a binary file beside `path` that takes its place when the block ends well: no reader sees half a file."""
+    """A binary file beside `path` that replaces it when the block ends well: no reader sees half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -148,8 +148,8 @@ def save_json(content, path):
 
 
 def load_pt(path, keys):
-    """The dict that torch.save wrote to `path`, on the CPU. Tensors and plain values only: a pickle that would run
-    code is refused, as is a file that is cut short or lacks one of `keys` (InputError)."""
+    """The dict that torch.save wrote to `path`, on the CPU. InputError where it is cut short, lacks one of
+    `keys` or holds more than tensors and plain values: a pickle that would run code is refused."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen types here
@@ -162,7 +162,7 @@ def load_pt(path, keys):
 
 
 def cached(path, make):
-    """The dict of tensors and numbers in `path`; where it is missing, all ranks make() it and rank 0 keeps it."""
+    """The dict of tensors and numbers in `path`; where missing, all ranks make() it and rank 0 keeps it."""
     if all_reduce(torch.tensor(int(Path(path).exists()))) < world():
         save_pt(make(), path)
         all_reduce(torch.zeros(1))  # a barrier: the others wait for rank 0
@@ -171,20 +171,18 @@ def cached(path, make):
 
 def versions(device):
     """What a result depends on beside its flags: versions, device, commit."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True)
+    git = run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True)
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
             "device": f"{world()} x {device.type} {chip}", "commit": git.stdout.decode().strip() or None}
 
 
 def md5(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest() if hasattr(hashlib, "file_digest") \
-            else hashlib.md5(file.read()).hexdigest()
+    return hashlib.md5(Path(path).read_bytes()).hexdigest()
 
 
 def download(urls, path, checksum=None):
-    """Fetch `path` from the first of `urls` that gives it whole (length, and MD5 where `checksum` is given)."""
+    """Fetch `path` from the first of `urls` that gives it whole (length, and MD5 if `checksum` is given)."""
     reasons = []
     for url in urls:
         try:
@@ -202,12 +200,13 @@ def download(urls, path, checksum=None):
             return
         except OSError as error:
             reasons.append(f"{url}: {error}")
-    raise InputError(f"cannot download {Path(path).name} ({'; '.join(reasons)}); put the file at {path} yourself")
+    raise InputError(f"cannot download {Path(path).name} ({'; '.join(reasons)}); put it at {path} yourself")
 
 
 # ------------------------------------------------------------------------------------------------------ data
 
-MNIST_MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/")
+MNIST_MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/",
+                 "https://storage.googleapis.com/cvdf-datasets/mnist/")
 MNIST_MD5 = {"train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
              "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
              "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
@@ -215,7 +214,7 @@ MNIST_MD5 = {"train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
 
 
 def load_mnist(folder=None, split="train"):
-    """MNIST's official files: images uint8 [N, 1, 28, 28], labels int64 [N]; N is 60,000 (train) or 10,000 (test).
+    """MNIST's official files: images uint8 [N, 1, 28, 28], labels int64 [N]; N = 60,000, or 10,000 (test).
 
     `folder` holds the four .gz files, or the two of `split`; None means data/mnist, downloaded where missing.
     """
@@ -228,24 +227,23 @@ def load_mnist(folder=None, split="train"):
                 raise InputError(f"--data: {path} is missing; without --data it is downloaded to data/mnist")
             download([mirror + name for mirror in MNIST_MIRRORS], path, MNIST_MD5[name])
         if md5(path) != MNIST_MD5[name]:
-            raise InputError(f"--data: {path} is not MNIST's official file (wrong MD5): delete it and fetch it again")
+            raise InputError(f"--data: {path} is no official MNIST file (wrong MD5): delete and refetch it")
         arrays.append(np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header))
-    images, labels = arrays
-    return torch.from_numpy(images.reshape(-1, 1, 28, 28).copy()), torch.from_numpy(labels.astype(np.int64))
+    return torch.tensor(arrays[0]).view(-1, 1, 28, 28), torch.tensor(arrays[1], dtype=torch.int64)
 
 
 def glyphs(n, size, seed=0):
-    """Digits in Pillow's built-in font under random affine maps: images uint8 [n, 1, size, size], labels int64 [n]."""
+    """Digits in Pillow's font under random affine maps: images uint8 [n, 1, size, size], labels int64 [n]."""
     rng = np.random.default_rng(seed)
     font, stamps = ImageFont.load_default(1.5 * size), []
     for digit in "0123456789":  # drawn large once, in the middle of a square of twice the size
         stamps.append(Image.new("L", (2 * size, 2 * size)))
-        ImageDraw.Draw(stamps[-1]).text((size, size), digit, fill=255, font=font, anchor="mm", stroke_width=size // 28)
+        ImageDraw.Draw(stamps[-1]).text((size, size), digit, 255, font, anchor="mm", stroke_width=size // 28)
     labels = rng.integers(0, 10, n)
     images = np.empty((n, 1, size, size), np.uint8)
     for image, label in zip(images, labels):
         turn, shear, zoom = rng.uniform(-0.15, 0.15), rng.uniform(-0.1, 0.1), rng.uniform(0.75, 0.95, 2)
-        matrix = zoom * np.array([[math.cos(turn), -math.sin(turn) + shear], [math.sin(turn), math.cos(turn)]])
+        matrix = zoom * np.array([[math.cos(turn), shear - math.sin(turn)], [math.sin(turn), math.cos(turn)]])
         shift = size - matrix @ (size + rng.uniform(-0.06, 0.06, 2) * size)  # keeps the digit near the middle
         affine = (*matrix[0], shift[0], *matrix[1], shift[1])
         image[0] = np.asarray(stamps[label].transform(stamps[label].size, Image.Transform.AFFINE, affine,
@@ -276,7 +274,7 @@ def save_grid(images, path, columns=8, zoom=2):
 
 
 # --------------------------------------------------------------------------------------------------- solvers
-# One signature:  solver(velocity, x, steps, t_start=1, t_end=0, tolerance=1e-5, trajectory=None) -> x at t_end, NFE
+# Each is solver(velocity, x, steps, t_start=1, t_end=0, tolerance=1e-5, trajectory=None) -> x at t_end, NFE
 #   velocity    callable (x [B, ...], t [B]) -> dx/dt [B, ...]
 #   steps       network evaluations (NFE) to spend on an even grid from t_start to t_end; dopri5 ignores it
 #   tolerance   relative and absolute error a step, dopri5 alone
@@ -299,8 +297,7 @@ def euler(velocity, x, steps, t_start=1.0, t_end=0.0, tolerance=1e-5, trajectory
 
 
 def heun(velocity, x, steps, t_start=1.0, t_end=0.0, tolerance=1e-5, trajectory=None):
-    """Heun's method, order 2: two evaluations an interval, one (Euler) in the last, so `steps` is odd
-    (Karras et al. 2022, Algorithm 1)."""
+    """Heun, order 2 (Karras et al. 2022, Alg. 1); odd `steps`: two an interval, one (Euler) in the last."""
     if steps % 2 == 0:
         raise InputError(f"heun takes an odd number of steps (network evaluations), not {steps}")
     h = (t_end - t_start) / ((steps + 1) // 2)
@@ -321,8 +318,8 @@ def ab2(velocity, x, steps, t_start=1.0, t_end=0.0, tolerance=1e-5, trajectory=N
 
 
 def ab3(velocity, x, steps, t_start=1.0, t_end=0.0, tolerance=1e-5, trajectory=None):
-    """Three-step Adams-Bashforth, order 3 (Hairer, Norsett & Wanner, III.1). The first two intervals are one explicit
-    midpoint step, whose second evaluation then serves as history: started with Euler the order would be 2."""
+    """Three-step Adams-Bashforth, order 3 (Hairer, Norsett & Wanner, III.1). The first two intervals are one
+    explicit midpoint step, whose second evaluation serves as history: an Euler start would give order 2."""
     h = (t_end - t_start) / steps
     v0 = _slope(velocity, x, t_start, trajectory)
     if steps == 1:
@@ -335,22 +332,22 @@ def ab3(velocity, x, steps, t_start=1.0, t_end=0.0, tolerance=1e-5, trajectory=N
     return x, steps
 
 
-DOPRI5_A = ((), (1/5,), (3/40, 9/40), (44/45, -56/15, 32/9), (19372/6561, -25360/2187, 64448/6561, -212/729),
-            (9017/3168, -355/33, 46732/5247, 49/176, -5103/18656), (35/384, 0, 500/1113, 125/192, -2187/6784, 11/84))
-DOPRI5_C = (0, 1/5, 3/10, 4/5, 8/9, 1, 1)
+DOPRI5_A = ((1/5,), (3/40, 9/40), (44/45, -56/15, 32/9), (19372/6561, -25360/2187, 64448/6561, -212/729), (
+    9017/3168, -355/33, 46732/5247, 49/176, -5103/18656), (35/384, 0, 500/1113, 125/192, -2187/6784, 11/84))
+DOPRI5_C = (1/5, 3/10, 4/5, 8/9, 1, 1)
 DOPRI5_ERROR = (71/57600, 0, -71/16695, 71/1920, -17253/339200, 22/525, -1/40)  # fifth minus fourth order
 
 
 def dopri5(velocity, x, steps=None, t_start=1.0, t_end=0.0, tolerance=1e-5, trajectory=None):
-    """Adaptive Dormand-Prince 5(4) (Hairer, Norsett & Wanner, II.4-5); one step size for the whole batch, from the
-    root mean square error. The NFE counts rejected steps too. FloatingPointError where no step is small enough."""
+    """Adaptive Dormand-Prince 5(4) (Hairer, Norsett & Wanner, II.4-5); one step size for the batch, from the
+    root mean square error. The NFE counts rejected steps too. FloatingPointError if none is small enough."""
     def combine(weights, slopes):
         return sum(w * k for w, k in zip(weights, slopes) if w)
     t, h = t_start, (t_end - t_start) / 20
     first, nfe = _slope(velocity, x, t), 1
     while t != t_end:
         slopes = [first]
-        for a, c in zip(DOPRI5_A[1:], DOPRI5_C[1:]):
+        for a, c in zip(DOPRI5_A, DOPRI5_C):
             there = x + h * combine(a, slopes)  # after the last stage this is the fifth-order solution
             slopes.append(_slope(velocity, there, t + c * h))
         nfe += 6
@@ -360,7 +357,7 @@ def dopri5(velocity, x, steps=None, t_start=1.0, t_end=0.0, tolerance=1e-5, traj
             if trajectory is not None:
                 trajectory.append((t, x, first))
             last = abs(t + h - t_end) < 1e-9 * abs(t_end - t_start)
-            t, x, first = t_end if last else t + h, there, slopes[-1]  # the last stage is the next step's first
+            t, x, first = t_end if last else t + h, there, slopes[-1]  # last stage: the next step's first
         h *= min(5.0, max(0.2, 0.9 * (error + 1e-12) ** -0.2)) if math.isfinite(error) else 0.2
         if abs(h) < 1e-8 * abs(t_end - t_start):
             raise FloatingPointError(f"dopri5: no step at t = {t:.6f} meets tolerance {tolerance}")

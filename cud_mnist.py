@@ -63,18 +63,17 @@ PAPER = dict(
     iterations=50_000, batch_size=256, lr=3e-4, warmup=5_000, ema_decay=0.9999, one_step_iterations=40_000)
 QUICK = dict(
     run_dir="runs/mnist-quick", data="glyphs", channels=8, multipliers=[1, 2, 4], blocks=1, dropout=0.0,
-    iterations=1_000, batch_size=32, lr=2e-3, ema_decay=0.999, checkpoint_every=500, one_step=True,
-    one_step_iterations=150, one_step_pairs=1_000, steps=[1, 2, 4, 15], features="classifier", fid_samples=1_000)
-NOT_TRAINING = {  # flags that may change when a run is continued
-    "quick", "run_dir", "device", "amp", "compile", "checkpoint_every", "steps", "solver", "tolerance", "fid_samples",
-    "fid_mode", "features", "save_samples", "one_step", "one_step_iterations", "one_step_pairs", "iterations"}
+    iterations=1_000, batch_size=32, lr=2e-3, ema_decay=0.999, checkpoint_every=500, steps=[1, 2, 4, 15],
+    one_step=True, one_step_iterations=150, one_step_pairs=1_000, features="classifier", fid_samples=1_000)
+NOT_TRAINING = set(  # flags that may change when a run is continued
+    "quick run_dir device amp compile checkpoint_every steps solver tolerance fid_samples fid_mode features "
+    "save_samples one_step one_step_iterations one_step_pairs iterations".split())
 
 
 def load_data(args):
     """Images uint8 [N, C, H, W] and labels int64 [N], on the CPU."""
-    if args.data == "glyphs":
-        return common.glyphs(10_000, IMAGE[1])
-    return common.load_mnist(args.data, args.split)
+    return (common.glyphs(10_000, IMAGE[1]) if args.data == "glyphs"
+            else common.load_mnist(args.data, args.split))
 
 
 def parse_args(argv=None):
@@ -83,25 +82,25 @@ def parse_args(argv=None):
     count, share = number(int, 1), number(float, 0, below=1)
 
     flag = parser.add_argument_group("run").add_argument
-    flag("--quick", action="store_true", help="drawn digits, small network and budget: the same code in minutes")
+    flag("--quick", action="store_true", help="drawn digits, small network and budget: all code in minutes")
     flag("--data", help=DATA_HELP)
-    flag("--split", choices=["train", "test"], default="train", help="of the data, to train on and compare with")
+    flag("--split", choices=["train", "test"], default="train", help="the part to train on and compare with")
     flag("--run-dir", help="the run's folder; one that holds a checkpoint is continued")
     flag("--device", help="cpu, cuda, cuda:1, ...; unset: a GPU if there is one")
     flag("--seed", type=number(int, 0), default=0, help="of weights, training draws and samples")
     flag("--checkpoint-every", type=count, default=5_000, help="iterations; a sample grid comes with each")
 
     flag = parser.add_argument_group("method").add_argument
-    flag("--rk-order", type=int, choices=range(4), default=1, help="k; 1, 2, 3: RK12, RK23, RK34; 0: rectified flow")
+    flag("--rk-order", type=int, choices=range(4), default=1, help="k (RK12, RK23, RK34); 0: rectified flow")
     flag("--rk-points", choices=list(POINTS), default="published",
          help="b(j): the paper's, or dense output, whose later points are more accurate at no cost")
     flag("--step-rule", choices=list(STEP_RULES), default="uniform", help="h ~ U(0, 1/N), h = t/N or h = 1/N")
     flag("--intervals", type=count, default=16, help="N of the step rule")
     flag("--target", choices=["online", "ema"], default="online",
          help="network that makes y_j: itself, dropout on (released code), or its EMA (the paper's figure)")
-    flag("--loss-ramp", action="store_true", help="w_1 = 2 i/I and w_2 = 2 (1 - i/I) at iteration i; else both 1")
+    flag("--loss-ramp", action="store_true", help="w_1 = 2 i/I, w_2 = 2 (1 - i/I) at iteration i; else 1")
     flag("--coupling", choices=["learned", "independent"], help="z from an encoder of x, or drawn without it")
-    flag("--kl-weight", type=number(float, 0), default=20.0, help="beta: keeps the encoder's z close to N(0, I)")
+    flag("--kl-weight", type=number(float, 0), default=20.0, help="beta: keeps the encoder's z near N(0, I)")
     flag("--skip-phi", type=number(float, above=0, below=1), default=0.75,
          help="phi: UNet skips weigh 2 (1 - phi) at t = 0 and 2 phi at t = 1; 0.5 turns that off")
 
@@ -124,7 +123,7 @@ def parse_args(argv=None):
     flag("--steps", type=count, nargs="+", default=[15], help="network evaluations (NFE) an image")
     flag("--solver", choices=list(common.SOLVERS), default="euler", help="heun takes odd --steps")
     flag("--tolerance", type=number(float, above=0), default=1e-4, help="of dopri5, which ignores --steps")
-    flag("--fid-samples", type=number(int, 0), default=50_000, help="images; with fewer it is no FID; 0: none")
+    flag("--fid-samples", type=number(int, 0), default=50_000, help="images; fewer make no FID; 0: none")
     flag("--fid-mode", choices=["legacy_tensorflow", "clean"], default="legacy_tensorflow",
          help="of clean-fid; legacy_tensorflow compares with published figures")
     flag("--features", choices=list(FEATURES), default="inception",
@@ -143,8 +142,8 @@ def parse_args(argv=None):
     if args.solver == "heun" and any(steps % 2 == 0 for steps in args.steps):
         parser.error("--solver heun takes odd --steps: two evaluations an interval, one in the last")
     if 0 < args.fid_samples <= FEATURES[args.features]:
-        parser.error(f"--fid-samples: the covariance of {FEATURES[args.features]} {args.features} features needs "
-                     "more images than that (0: no distance)")
+        parser.error(f"--fid-samples: the covariance of {FEATURES[args.features]} {args.features} features "
+                     "needs more images than that (0: no distance)")
     if args.batch_size % world():
         parser.error(f"--batch-size {args.batch_size} is not divisible by the {world()} ranks")
     return args
@@ -171,8 +170,8 @@ STEP_RULES = {  # h from t [B], N and uniform draws [B] (the paper's design spac
 def catch_up_points(velocity, x_t, t, h, k_1, order, points="published"):
     """The next `order` points of the trajectory through x_t, by one Runge-Kutta step.
 
-    velocity: any callable (x [B, ...], t [B]) -> [B, ...], called order - 1 times; k_1: its value at (x_t, t);
-    h [B] >= 0. Returns X [order, B, ...], X[j - 1] at time t - j h, and those times [order, B], never below EPS.
+    velocity: callable (x [B, ...], t [B]) -> [B, ...], called order - 1 times; k_1: its value at (x_t, t);
+    h [B] >= 0. Returns X [order, B, ...], X[j - 1] at time t - j h, and these times [order, B], at least EPS.
     """
     def move(weights, slopes):
         return x_t - h.view(-1, *[1] * (x_t.dim() - 1)) * sum(w * k for w, k in zip(weights, slopes))
@@ -185,10 +184,10 @@ def catch_up_points(velocity, x_t, t, h, k_1, order, points="published"):
 
 
 def catch_up_loss(network, x, z, t, h, order=1, points="published", velocity=None, target=None):
-    """L_catchup and L_truth, each [B]: squared errors, averaged over a sample's dimensions, summed over heads.
+    """L_catchup, L_truth, each [B]: squared errors, averaged over a sample's dimensions, summed over heads.
 
-    network: callable (x_t [B, ...], t [B]) -> v_1 .. v_k [k, B, ...], k = max(order, 1); x data, z noise [B, ...].
-    velocity: callable for the stages, by default v_1 of `network`; target: for the y_j, by default `velocity`.
+    network: callable (x_t [B, ...], t [B]) -> v_1 .. v_k [max(order, 1), B, ...]; x data, z noise [B, ...].
+    velocity: makes the stages, by default v_1 of `network`; target: makes the y_j, by default `velocity`.
     """
     velocity = velocity or (lambda x, t: network(x, t)[0])
     expand = (-1, *[1] * (x.dim() - 1))
@@ -199,7 +198,7 @@ def catch_up_loss(network, x, z, t, h, order=1, points="published", velocity=Non
         return torch.zeros_like(truth), truth
     with torch.no_grad():  # the output moves towards the target, never the target towards the output
         where, when = catch_up_points(velocity, x_t, t, h, v[0], order, points)
-        y = (target or velocity)(where.flatten(0, 1), when.flatten()).view_as(v)  # k targets, one batch of k B
+        y = (target or velocity)(where.flatten(0, 1), when.flatten()).view_as(v)  # one batch of k B
         y = torch.where((t - order * h < EPS).view(expand), u, y)
     return (v - y).square().flatten(2).mean(2).sum(0), truth
 
@@ -207,14 +206,14 @@ def catch_up_loss(network, x, z, t, h, order=1, points="published", velocity=Non
 class CatchUp(nn.Module):
     """The training loss as a module of what it trains: the network and, for learned coupling, the encoder."""
 
-    columns = ("loss", "catchup", "truth", "kl", "loss_t_0_25", "loss_t_25_50", "loss_t_50_75", "loss_t_75_100")
+    columns = "loss catchup truth kl loss_t_0_25 loss_t_25_50 loss_t_50_75 loss_t_75_100".split()
 
     def __init__(self, network, encoder, target, args):
         super().__init__()
         self.network, self.encoder, self.target, self.args = network, encoder, target, args
 
     def forward(self, x, noise, t, h, progress):
-        """x, noise [B, C, H, W]; t, h [B]; progress i/I. The mean loss; sums and counts [2, columns] to log."""
+        """x, noise [B, C, H, W]; t, h [B]; progress i/I. Mean loss; sums and counts [2, columns] to log."""
         args, z, kl = self.args, noise, torch.zeros_like(t)
         if self.encoder is not None:  # learned coupling (arXiv 2301.12003)
             mu, log_var = self.encoder(x, torch.ones_like(t))[0].chunk(2, 1)
@@ -252,11 +251,11 @@ def norm(channels):
 
 
 class Block(nn.Module):
-    """Residual block, told the time by an embedding; resample: None, "down" or "up"; single-head attention after."""
+    """Residual block told the time by an embedding; resample: None, "down", "up"; one-head attention last."""
 
     def __init__(self, c_in, c_out, c_emb, dropout, resample=None, attention=False):
         super().__init__()
-        self.resize = {"down": nn.AvgPool2d(2), "up": nn.Upsample(scale_factor=2), None: nn.Identity()}[resample]
+        self.resize = {"down": nn.AvgPool2d(2), "up": nn.Upsample(None, 2), None: nn.Identity()}[resample]
         self.norm1, self.conv1, self.emb = norm(c_in), conv(c_in, c_out, 3), init(nn.Linear(c_emb, c_out))
         self.norm2, self.conv2, self.dropout = norm(c_out), conv(c_out, c_out, 3, 1e-5), nn.Dropout(dropout)
         self.skip = conv(c_in, c_out, 1) if resample or c_in != c_out else nn.Identity()
@@ -279,45 +278,45 @@ class Block(nn.Module):
 class UNet(nn.Module):
     """DDPM++ UNet (Song et al. 2021, as configured by Karras et al. 2022) with `heads` velocity heads.
 
-    image: (C, H, W); c_out: channels of a head, C by default; skip_phi: phi of the time-dependent skip scaling.
+    image: (C, H, W); c_out: channels of a head, C by default; skip_phi: phi of the time-dependent skips.
     """
 
     def __init__(self, image, channels, multipliers, blocks, dropout, heads=1, skip_phi=0.75, c_out=None):
         self.config = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         super().__init__()
         if image[1] % 2 ** (len(multipliers) - 1):
-            raise InputError(f"--multipliers: {image[1]} pixels cannot be halved {len(multipliers) - 1} times")
+            raise InputError(f"--multipliers: {image[1]} px cannot be halved {len(multipliers) - 1} times")
         self.channels, self.skip_phi, self.amp = channels, skip_phi, False
-        c, c_emb, size = channels, 4 * channels, image[1]
-        self.embed = nn.Sequential(init(nn.Linear(c, c_emb)), nn.SiLU(), init(nn.Linear(c_emb, c_emb)), nn.SiLU())
+        c, emb, size = channels, 4 * channels, image[1]
+        self.embed = nn.Sequential(init(nn.Linear(c, emb)), nn.SiLU(), init(nn.Linear(emb, emb)), nn.SiLU())
         self.first, skips = conv(image[0], c, 3), [c]
         self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
         for level, multiplier in enumerate(multipliers):
             if level:
                 size //= 2
-                self.encoder.append(Block(c, c, c_emb, dropout, "down"))
+                self.encoder.append(Block(c, c, emb, dropout, "down"))
                 skips.append(c)
             for _ in range(blocks):
-                self.encoder.append(Block(c, channels * multiplier, c_emb, dropout, attention=size == 16))
+                self.encoder.append(Block(c, channels * multiplier, emb, dropout, attention=size == 16))
                 c = channels * multiplier
                 skips.append(c)
-        self.bottom = nn.ModuleList([Block(c, c, c_emb, dropout, attention=True), Block(c, c, c_emb, dropout)])
+        self.bottom = nn.ModuleList([Block(c, c, emb, dropout, attention=True), Block(c, c, emb, dropout)])
         for level, multiplier in reversed(list(enumerate(multipliers))):
             if level < len(multipliers) - 1:
                 size *= 2
-                self.decoder.append(Block(c, c, c_emb, dropout, "up"))
+                self.decoder.append(Block(c, c, emb, dropout, "up"))
             for i in range(blocks + 1):
-                self.decoder.append(Block(c + skips.pop(), channels * multiplier, c_emb, dropout,
+                self.decoder.append(Block(c + skips.pop(), channels * multiplier, emb, dropout,
                                           attention=size == 16 and i == blocks))
                 c = channels * multiplier
         self.heads = nn.ModuleList(nn.Sequential(norm(c), nn.SiLU(), conv(c, c_out or image[0], 3, 1e-5))
                                    for _ in range(heads))
 
     def forward(self, x, t, heads=None):
-        """x [B, C, H, W], t [B] -> the first `heads` heads (by default all), float32 [heads, B, c_out, H, W]."""
+        """x [B, C, H, W], t [B] -> the first `heads` heads (or all), float32 [heads, B, c_out, H, W]."""
         half = self.channels // 2
         angle = t[:, None] * 10_000 ** (-torch.arange(half, device=t.device) / (half - 1))
-        emb = self.embed(torch.cat([angle.sin(), angle.cos()], 1))  # float32: bfloat16 resolves only 0.004 of t
+        emb = self.embed(torch.cat([angle.sin(), angle.cos()], 1))  # float32: bfloat16 resolves t to 0.004
         p = (t * (1 - 2 * self.skip_phi) + self.skip_phi).view(-1, 1, 1, 1)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
             h = self.first(x)
@@ -364,16 +363,15 @@ def normal(n, device, *key):
 
 @torch.no_grad()
 def sample(network, n, solver, steps, args, device):
-    """Integrate n draws of N(0, I). Returns images uint8 [n, C, H, W], the mean NFE, straightness (the mean squared
-    deviation of v from x_1 - x_0 along the path), and x0_hat at the points of the path and its end, uint8
-    [points + 1, B, C, H, W], for this rank's last batch."""
+    """Integrate n draws of N(0, I). Returns images uint8 [n, C, H, W], mean NFE, straightness (mean squared
+    deviation of v from x_1 - x_0 along the path) and, for this rank's last batch, x0_hat at the points of the
+    path and its end, uint8 [points + 1, B, C, H, W]."""
     size, images = min(n, SAMPLE_BATCH), torch.zeros(n, *IMAGE, dtype=torch.uint8, device=device)
     sums, x0_hats = torch.zeros(3, device=device), None
     for i in progress(range(rank(), -(-n // size), world()), f"{solver} {steps}, batches of {size}"):
         z, path = normal(size, device, args.seed, 1, i), []
         x, nfe = common.SOLVERS[solver](network.velocity, z, steps, tolerance=args.tolerance, trajectory=path)
-        own = images[i * size:(i + 1) * size]
-        own.copy_(common.to_uint8(x)[:len(own)])
+        images[i * size:(i + 1) * size] = common.to_uint8(x)[:n - i * size]
         bend = torch.stack([(v - (z - x)).square().mean() for _, _, v in path]).mean()
         sums += torch.stack([torch.ones_like(bend), torch.full_like(bend, nfe), bend])
         x0_hats = common.to_uint8(torch.stack([x_t - t * v for t, x_t, v in path] + [x]))
@@ -400,8 +398,8 @@ class Classifier(nn.Module):
 
 
 def classifier_features(images, labels, device, key):
-    """A function uint8 [B, C, H, W] -> features [B, 224], in units of their deviation over the real images, and its
-    name. The classifier is trained on these images once (fixed seed, 400 iterations of 128) and cached."""
+    """A function uint8 [B, C, H, W] -> features [B, 224], in units of their deviation over the images, and
+    its name. The classifier is trained on these images once (fixed seed, 400 batches of 128) and cached."""
     torch.manual_seed(0)
     network = Classifier(int(labels.max()) + 1).to(device)
 
@@ -419,14 +417,14 @@ def classifier_features(images, labels, device, key):
 
     saved = common.cached(CACHE / f"classifier-{key}.pt", make)
     network.eval().load_state_dict(saved["network"])
-    digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in saved["network"].values())).hexdigest()
+    digest = hashlib.sha256(b"".join(v.numpy().tobytes() for v in saved["network"].values())).hexdigest()
     scale = saved["scale"].to(device)
     return lambda part: network(common.to_float(part))[0] / scale, f"classifier-{digest[:8]}"
 
 
 def inception_features(mode, device):
     """A function uint8 [B, C, H, W] -> clean-fid's Inception features [B, 2048], and its name."""
-    path = Path("." if platform.system() == "Windows" else "/tmp") / "inception-2015-12-05.pt"  # clean-fid's choice
+    path = Path("." if platform.system() == "Windows" else "/tmp") / "inception-2015-12-05.pt"  # clean-fid's
     try:  # imported here: clean-fid needs a torchvision that matches torch
         from cleanfid import downloads_helper, features, resize
         with common.rank_zero_first():
@@ -458,7 +456,7 @@ def moments(features, images):
 
 
 def frechet_distance(a, b):
-    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2) of two results of `moments` (Heusel et al. 2017, sec. 3)."""
+    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2) of two `moments` (Heusel et al. 2017, sec. 3)."""
     def mean_and_covariance(m):
         n, mean = m[-1, -1], m[-1, :-1] / m[-1, -1]
         return mean, (m[:-1, :-1] - n * torch.outer(mean, mean)) / (n - 1)
@@ -470,13 +468,12 @@ def frechet_distance(a, b):
 
 
 def reference(features, name, images, key, device):
-    """`moments` of the real images, and two figures to read others by: the distance between two halves of them
+    """`moments` of the real images and two figures to read others by: the distance between their halves
     (floor) and that of pure noise. Cached by the images' content (key) and the extractor."""
     def make():
-        halves = [moments(features, images[i::2]) for i in range(2)]
+        a, b = (moments(features, images[i::2]) for i in range(2))
         noise = moments(features, common.to_uint8(normal(min(len(images), 5_000), device, 0)))
-        return {"moments": sum(halves), "floor": frechet_distance(*halves),
-                "noise": frechet_distance(noise, sum(halves))}
+        return {"moments": a + b, "floor": frechet_distance(a, b), "noise": frechet_distance(noise, a + b)}
 
     if len(images) < 2 * FEATURES[name.split("-")[0]]:
         raise InputError(f"{len(images)} real images are too few for the covariance of {name} features")
@@ -484,7 +481,7 @@ def reference(features, name, images, key, device):
 
 
 def evaluate(args, networks, images, labels, device):
-    """Pictures, samples.npz, the table of Frechet distances; networks: {"model": EMA, perhaps "one-step": EMA}."""
+    """Pictures, samples.npz, table of Frechet distances; networks: {"model": EMA, maybe "one-step": EMA}."""
     run = Path(args.run_dir)
     plan = [("model", args.solver, steps) for steps in args.steps[:1 if args.solver == "dopri5" else None]]
     if args.one_step:
@@ -506,14 +503,14 @@ def evaluate(args, networks, images, labels, device):
                           else inception_features(args.fid_mode, device))
         real = reference(features, name, images, key, device)
     except InputError as error:
-        raise InputError(f"no distance: {error}. The training and the pictures in {run} are safe, and the same "
-                         "command evaluates later") from None
+        raise InputError(f"no distance: {error}. The training and the pictures in {run} are safe, and the "
+                         "same command evaluates later") from None
     n, seen = args.fid_samples, args.iterations * args.batch_size
     fid = "FID" if n >= 50_000 else f"FID-{n / 1000:g}k"
     figure = fid if args.features == "inception" else "FD (classifier)"
     data = f"{len(images):,} {args.split} images of {args.data or 'data/mnist'}"
-    common.say(f"{figure}: {n:,} samples against {data}; {name}; EMA weights; seed {args.seed}; {seen:,} images "
-               f"seen\n{'weights':10}{'solver':8}{'NFE':>6}{figure:>18}{'straightness':>14}\n"
+    common.say(f"{figure}: {n:,} samples against {data}; {name}; EMA weights; seed {args.seed}; {seen:,} "
+               f"images seen\n{'weights':10}{'solver':8}{'NFE':>6}{figure:>18}{'straightness':>14}\n"
                f"{'real images, halved':24}{real['floor']:18.3f}\n{'pure noise':24}{real['noise']:18.3f}")
     results = json.loads((run / "results.json").read_text()) if (run / "results.json").exists() else []
     for weights, solver, steps in plan:
@@ -522,9 +519,9 @@ def evaluate(args, networks, images, labels, device):
         common.say(f"{weights:10}{solver:8}{nfe:6.4g}{value:18.3f}{straightness:14.5f}")
         row = dict(figure=figure, weights=f"{weights} EMA", solver=solver, steps=steps, n=n, features=name,
                    reference=data, reference_sha256=key, seed=args.seed, images_seen=seen)
-        results = [old for old in results if any(old.get(k) != row[k] for k in row)]  # measured again: replaced
-        results.append({**row, "value": value, "nfe": nfe, "straightness": straightness, "floor": real["floor"],
-                        "noise": real["noise"], "torch": torch.__version__, "device": str(device)})
+        results = [old for old in results if any(old.get(k) != row[k] for k in row)]  # measured anew
+        results.append(dict(row, value=value, nfe=nfe, straightness=straightness, floor=real["floor"],
+                            noise=real["noise"], torch=torch.__version__, device=str(device)))
         common.save_json(results, run / "results.json")
 
 
@@ -532,12 +529,12 @@ def evaluate(args, networks, images, labels, device):
 
 
 def resume(path, parts, iterations, definition):
-    """Load a checkpoint into `parts` {name: module or optimizer}; returns its iteration and the sums to log."""
+    """Load a checkpoint into `parts` {name: module or optimizer}; returns its iteration and sums to log."""
     saved = common.load_pt(path, [*parts, "iteration", "totals", "definition"])
     differ = [f"--{key.replace('_', '-')} ({saved['definition'].get(key)} then, {value} now)"
               for key, value in definition.items() if saved["definition"].get(key) != value]
     if differ:
-        raise InputError(f"{path} comes from other flags: {', '.join(differ)}; give those, or another --run-dir")
+        raise InputError(f"{path} is from other flags: {', '.join(differ)}; give those or another --run-dir")
     if saved["iteration"] > iterations:
         raise InputError(f"{path} is at iteration {saved['iteration']}, past --iterations {iterations}")
     try:
@@ -554,8 +551,8 @@ def fit(args, device, prefix, module, ema, draw, iterations, warmup, definition,
     module(*draw(i)): the loss of iteration i and what to log of it; module.network: what `ema` follows;
     definition: the flags that a checkpoint must agree with; grid: solver and steps of the pictures.
     """
-    run = Path(args.run_dir)
-    path, table, name = run / f"{prefix}checkpoint.pt", run / f"{prefix}metrics.csv", f"{prefix or 'cud_'}training"
+    run, name = Path(args.run_dir), f"{prefix or 'cud_'}training"
+    path, table = run / f"{prefix}checkpoint.pt", run / f"{prefix}metrics.csv"
     optimizer = torch.optim.Adam([p for p in module.parameters() if p.requires_grad], args.lr,
                                  fused=device.type in ("cpu", "cuda"))
     parts = {"module": module, "ema": ema, "optimizer": optimizer}
@@ -567,8 +564,8 @@ def fit(args, device, prefix, module, ema, draw, iterations, warmup, definition,
             module(*one)[0].backward()
         optimizer.zero_grad()
         flops = counter.get_total_flops()  # an image
-        common.say(f"{name}, iterations {start} to {iterations}: {flops * args.batch_size / 1e9:,.1f} GFLOP each; "
-                   f"{sum(p.numel() for p in module.network.parameters()):,} parameters in the network, "
+        common.say(f"{name}, iterations {start} to {iterations}: {flops * args.batch_size / 1e9:,.1f} GFLOP "
+                   f"each; {sum(p.numel() for p in module.network.parameters()):,} network parameters, "
                    f"{sum(p.numel() for p in module.parameters() if p.requires_grad):,} trained in all")
     if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):
         for part in filter(None, (module.network, ema.module, getattr(module, "encoder", None))):
@@ -579,13 +576,13 @@ def fit(args, device, prefix, module, ema, draw, iterations, warmup, definition,
         common.save_json({"args": vars(args), **common.versions(device)}, run / "config.json")
         rows = table.read_text().splitlines(keepends=True)[1:] if start and table.exists() else []
         rows = [row for row in rows if int(row.split(",")[0]) <= start]  # later ones will be written again
-        header = ",".join(["iteration", "images", *module.columns, "lr", "images_per_s", "model_tflop_per_s\n"])
+        header = f"iteration,images,{','.join(module.columns)},lr,images_per_s,model_tflop_per_s\n"
         common.save(lambda file: file.write("".join([header, *rows]).encode()), table)
     step = nn.parallel.DistributedDataParallel(module) if world() > 1 else module
     never = torch.iinfo(torch.int64).max
     first_bad, kept = torch.full((), never, device=device), start  # first iteration with a non-finite loss
-    since, images_since = time.time(), 0
-    with common.signals() as came, progress(range(start, iterations), name, initial=start, total=iterations) as bar:
+    since, images_since, todo = time.time(), 0, range(start, iterations)
+    with common.signals() as came, progress(todo, name, initial=start, total=iterations) as bar:
         for i in bar:
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * min(1, (i + 1) / max(1, warmup))
@@ -596,7 +593,7 @@ def fit(args, device, prefix, module, ema, draw, iterations, warmup, definition,
             ema.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema_decay, (1 + i) / (10 + i)))
             ema.update_parameters(module.network)
             totals += log
-            first_bad = torch.where(loss.isfinite(), first_bad, first_bad.clamp(max=i + 1))  # no wait for the GPU
+            first_bad = torch.where(loss.isfinite(), first_bad, first_bad.clamp(max=i + 1))  # no GPU sync
             images_since += args.batch_size
 
             stopping = int(all_reduce(torch.tensor(max(came, default=0)), dist.ReduceOp.MAX))  # on the CPU
@@ -604,7 +601,7 @@ def fit(args, device, prefix, module, ema, draw, iterations, warmup, definition,
             saving = stopping or (i + 1) % args.checkpoint_every == 0 or i + 1 == iterations
             if (logging or saving) and (bad := int(all_reduce(first_bad.clone(), dist.ReduceOp.MIN))) < never:
                 raise InputError(f"the loss is not finite at iteration {bad} of {name}; " + (
-                    f"{path} keeps iteration {kept}" if kept else "there was no checkpoint yet") + "; lower --lr?")
+                    f"{path} keeps iteration {kept}" if kept else "no checkpoint yet") + "; lower --lr?")
             if logging:
                 sums, counts = all_reduce(totals).tolist()
                 means = [f"{s / c:.6g}" if c else "" for s, c in zip(sums, counts)]
@@ -619,9 +616,9 @@ def fit(args, device, prefix, module, ema, draw, iterations, warmup, definition,
             if saving:
                 common.save_pt({"model": ema.module.state_dict(), "args": module.network.config},
                                run / f"{prefix.removesuffix('_') or 'model'}.pt")
-                common.save_pt({key: part.state_dict() for key, part in parts.items()} | {
-                    "iteration": i + 1, "definition": definition, "totals": all_reduce(totals.clone()) / world()}, path)
                 kept = i + 1
+                common.save_pt({key: part.state_dict() for key, part in parts.items()} | dict(
+                    iteration=kept, definition=definition, totals=all_reduce(totals.clone()) / world()), path)
             if stopping:
                 common.say(f"stopped and saved at iteration {i + 1}; the same command continues")
                 raise SystemExit(128 + stopping)
@@ -650,7 +647,7 @@ def train(args, device, images):
     own = slice(rank() * args.batch_size // world(), (rank() + 1) * args.batch_size // world())
 
     def draw(i):
-        """This rank's part of batch i, drawn with replacement from (seed, i) alone: resuming needs no state."""
+        """This rank's part of batch i, with replacement, from (seed, i) alone: resuming needs no state."""
         options = dict(size=(args.batch_size,), device=device, generator=generator(device, args.seed, 2, i))
         index, noise = torch.randint(len(images), **options), normal(args.batch_size, device, args.seed, 3, i)
         t, uniform = EPS + (1 - EPS) * torch.rand(**options), torch.rand(**options)
@@ -659,7 +656,7 @@ def train(args, device, images):
         return common.to_float(images[index[own]]), noise[own], t[own], h[own], i / args.iterations
 
     fit(args, device, "", module, ema, draw, args.iterations, min(args.warmup, args.iterations // 10),
-        {key: value for key, value in vars(args).items() if key not in NOT_TRAINING}, (args.solver, args.steps[-1]))
+        {k: v for k, v in vars(args).items() if k not in NOT_TRAINING}, (args.solver, args.steps[-1]))
     return ema.module
 
 
@@ -667,7 +664,7 @@ def train(args, device, images):
 
 
 class OneStep(nn.Module):
-    """The loss of the additional training: z - v(z, 1), one step, learns what many steps make of the noise z."""
+    """The additional training's loss: one step, z - v(z, 1), learns what many steps make of the noise z."""
 
     columns = ("loss", "target", "ema")
 
@@ -679,9 +676,7 @@ class OneStep(nn.Module):
         """z, target [B, C, H, W]. The mean loss; sums and counts [2, columns] to log."""
         ones = z.new_ones(len(z))
         v = self.network.velocity(z, ones)
-        with torch.no_grad():
-            v_ema = self.slow(z, ones)
-        parts = [F.mse_loss(z - v, target), F.mse_loss(v, v_ema)]
+        parts = [F.mse_loss(z - v, target), F.mse_loss(v, self.slow(z, ones).detach())]
         loss = parts[0] + 0.1 * parts[1]
         return loss, torch.stack([torch.stack([loss, *parts]).detach(), z.new_ones(3)])
 
@@ -715,8 +710,8 @@ def train_one_step(args, device, teacher):
         return pairs[0][index], pairs[1][index, i // args.one_step_iterations].float()
 
     keys = vars(args).keys() - NOT_TRAINING | {"iterations", "one_step_iterations", "one_step_pairs"}
-    fit(args, device, "one_step_", OneStep(student, ema.module.velocity), ema, draw, 3 * args.one_step_iterations,
-        0, {key: getattr(args, key) for key in sorted(keys)}, ("euler", 1))
+    fit(args, device, "one_step_", OneStep(student, ema.module.velocity), ema, draw,
+        3 * args.one_step_iterations, 0, {key: getattr(args, key) for key in sorted(keys)}, ("euler", 1))
     return ema.module
 
 
