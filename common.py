@@ -13,7 +13,9 @@ import platform
 import signal
 import urllib.request
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
+from shutil import which
 from subprocess import run
 
 import numpy as np
@@ -171,10 +173,11 @@ def cached(path, make):
 
 def versions(device):
     """What a result depends on beside its flags: versions, device, commit."""
-    git = run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True)
+    git = ["git", "describe", "--always", "--dirty"]
+    commit = run(git, cwd=Path(__file__).parent, capture_output=True).stdout.decode() if which("git") else ""
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-            "device": f"{world()} x {device.type} {chip}", "commit": git.stdout.decode().strip() or None}
+            "device": f"{world()} x {device.type} {chip}", "commit": commit.strip() or None}
 
 
 def md5(path):
@@ -198,7 +201,7 @@ def download(urls, path, checksum=None):
                 if checksum and md5(file.name) != checksum:
                     raise OSError("wrong MD5")
             return
-        except OSError as error:
+        except (OSError, HTTPException) as error:
             reasons.append(f"{url}: {error}")
     raise InputError(f"cannot download {Path(path).name} ({'; '.join(reasons)}); put it at {path} yourself")
 

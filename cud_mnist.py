@@ -57,6 +57,7 @@ LOG_EVERY = 100  # iterations to a row of metrics.csv
 SAMPLE_BATCH = 500  # images; noise is drawn by the batch, so samples do not depend on the number of ranks
 FEATURES = {"inception": 2048, "classifier": 224}  # dimensions
 CACHE = Path("data/cache")  # reference statistics and classifiers, named by the images they come from
+DATA = "data/mnist"  # where the files are downloaded to
 DATA_HELP = "folder of MNIST's .gz files, or 'glyphs' (drawn digits); unset: downloaded to data/mnist"
 PAPER = dict(
     run_dir="runs/mnist", coupling="learned", channels=32, multipliers=[2, 2, 2], blocks=2, dropout=0.13,
@@ -246,7 +247,7 @@ def conv(c_in, c_out, size, gain=1.0):
 def norm(channels):
     groups = min(32, channels // 4)
     if channels % 2 or channels % groups:
-        raise InputError(f"--channels, --multipliers: GroupNorm cannot make {groups} groups of {channels} channels")
+        raise InputError(f"--channels, --multipliers: {channels} channels do not divide into {groups} groups")
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
@@ -433,7 +434,7 @@ def inception_features(mode, device):
         network = features.build_feature_extractor(mode, device, use_dataparallel=False)
     except (ImportError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"clean-fid cannot load {path} ({reason}); was its download cut short?") from None
+        raise InputError(f"clean-fid cannot load {path} ({reason}); delete it if it was cut short") from None
     resizer = resize.build_resizer(mode)
 
     def extract(images):
@@ -483,12 +484,12 @@ def reference(features, name, images, key, device):
 def evaluate(args, networks, images, labels, device):
     """Pictures, samples.npz, table of Frechet distances; networks: {"model": EMA, maybe "one-step": EMA}."""
     run = Path(args.run_dir)
-    plan = [("model", args.solver, steps) for steps in args.steps[:1 if args.solver == "dopri5" else None]]
+    plan = [("model", args.solver, steps) for steps in ([None] if args.solver == "dopri5" else args.steps)]
     if args.one_step:
         plan += [row for row in [("model", "euler", 1), ("one-step", "euler", 1)] if row not in plan]
     for weights, solver, steps in plan:  # pictures first: whatever happens to the figures, they are there
         common.save_grid(sample(networks[weights], 64, solver, steps, args, device)[0],
-                         run / f"samples_{weights}_{solver}{steps}.png")
+                         run / f"samples_{weights}_{solver}{steps or ''}.png")
     x0_hats = sample(networks["model"], 8, args.solver, max(args.steps), args, device)[3]
     if rank() == 0:
         common.save_grid(x0_hats.transpose(0, 1).flatten(0, 1), run / "trajectory.png", columns=len(x0_hats))
@@ -508,7 +509,7 @@ def evaluate(args, networks, images, labels, device):
     n, seen = args.fid_samples, args.iterations * args.batch_size
     fid = "FID" if n >= 50_000 else f"FID-{n / 1000:g}k"
     figure = fid if args.features == "inception" else "FD (classifier)"
-    data = f"{len(images):,} {args.split} images of {args.data or 'data/mnist'}"
+    data = f"{len(images):,} {args.split} images of {args.data or DATA}"
     common.say(f"{figure}: {n:,} samples against {data}; {name}; EMA weights; seed {args.seed}; {seen:,} "
                f"images seen\n{'weights':10}{'solver':8}{'NFE':>6}{figure:>18}{'straightness':>14}\n"
                f"{'real images, halved':24}{real['floor']:18.3f}\n{'pure noise':24}{real['noise']:18.3f}")
@@ -518,7 +519,8 @@ def evaluate(args, networks, images, labels, device):
         value = frechet_distance(moments(features, part), real["moments"])
         common.say(f"{weights:10}{solver:8}{nfe:6.4g}{value:18.3f}{straightness:14.5f}")
         row = dict(figure=figure, weights=f"{weights} EMA", solver=solver, steps=steps, n=n, features=name,
-                   reference=data, reference_sha256=key, seed=args.seed, images_seen=seen)
+                   tolerance=None if steps else args.tolerance, reference=data, reference_sha256=key,
+                   seed=args.seed, images_seen=seen)
         results = [old for old in results if any(old.get(k) != row[k] for k in row)]  # measured anew
         results.append(dict(row, value=value, nfe=nfe, straightness=straightness, floor=real["floor"],
                             noise=real["noise"], torch=torch.__version__, device=str(device)))
@@ -534,7 +536,8 @@ def resume(path, parts, iterations, definition):
     differ = [f"--{key.replace('_', '-')} ({saved['definition'].get(key)} then, {value} now)"
               for key, value in definition.items() if saved["definition"].get(key) != value]
     if differ:
-        raise InputError(f"{path} is from other flags: {', '.join(differ)}; give those or another --run-dir")
+        raise InputError(f"{path} is from other flags: {', '.join(differ)}; give those, another "
+                         "--run-dir, or move the file away to train anew")
     if saved["iteration"] > iterations:
         raise InputError(f"{path} is at iteration {saved['iteration']}, past --iterations {iterations}")
     try:
@@ -629,7 +632,7 @@ def fit(args, device, prefix, module, ema, draw, iterations, warmup, definition,
 
 def prepare(network, args, device):
     """Move a network to the device, in the layout and the precision that are fast there."""
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     network.amp = args.amp == "on" or (args.amp == "auto" and has_bf16)
     return network.to(device, memory_format=torch.channels_last)
 
@@ -748,7 +751,7 @@ def main(argv=None):
             networks["one-step"] = train_one_step(args, device, networks["model"])
         evaluate(args, networks, images, labels, device)
         return 0
-    except (InputError, OSError) as error:
+    except (InputError, OSError, FloatingPointError) as error:
         if rank() == 0:
             print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         return 2

@@ -33,11 +33,17 @@ TINY = shlex.split("--data glyphs --channels 8 --multipliers 1 2 --blocks 1 --ba
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    """Every test runs in its own folder, on one thread, with 300 glyphs."""
+    """Every test runs in its own folder."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def small():
+    """600 glyphs are plenty here."""
     full = common.glyphs
-    monkeypatch.setattr(common, "glyphs", lambda n, size, seed=0: full(min(n, 600), size, seed))
-    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "glyphs", lambda n, size, seed=0: full(min(n, 600), size, seed))
+        yield
 
 
 # ---------------------------------------------------------------------------------------------------- solvers
