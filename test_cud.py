@@ -487,6 +487,18 @@ def test_quick_leaves_a_whole_run(quick, monkeypatch, capsys):
     assert last["solver"] == "dopri5" and last["nfe"] >= 7 and last["nfe"] % 6 == 1
 
 
+def test_warm_up_ema_decay_and_log_rows(monkeypatch):
+    decays, make = [], cud_mnist.get_ema_multi_avg_fn
+    monkeypatch.setattr(cud_mnist, "get_ema_multi_avg_fn", lambda decay: decays.append(decay) or make(decay))
+    monkeypatch.setattr(cud_mnist, "LOG_EVERY", 1)
+    assert run("--iterations", "30", "--ema-decay", "0.6", "--lr", "0.01")[0] == 0
+    rows = [row.split(",") for row in Path("runs/mnist/metrics.csv").read_text().splitlines()]
+    assert [float(row[rows[0].index("lr")]) for row in rows[1:]] == pytest.approx(
+        [0.01 / 3, 0.02 / 3] + [0.01] * 28)  # the paper's 5,000 iterations of warm-up, cut to a tenth of 30
+    assert [row[:2] for row in rows[1:]] == [[str(i), str(8 * i)] for i in range(1, 31)]
+    assert decays == pytest.approx([min(0.6, (1 + i) / (10 + i)) for i in range(30)])
+
+
 def test_one_step_pairs_and_loss():
     torch.manual_seed(0)
     args, network = small_args("--one-step-pairs", "7", "--seed", "2"), small_unet(heads=2).eval()
