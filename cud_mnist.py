@@ -488,11 +488,11 @@ def evaluate(args, networks, images, labels, device):
     if args.one_step:
         plan += [row for row in [("model", "euler", 1), ("one-step", "euler", 1)] if row not in plan]
     for weights, solver, steps in plan:  # pictures first: whatever happens to the figures, they are there
-        common.save_grid(sample(networks[weights], 64, solver, steps, args, device)[0],
-                         run / f"samples_{weights}_{solver}{steps or ''}.png")
-    x0_hats = sample(networks["model"], 8, args.solver, max(args.steps), args, device)[3]
-    if rank() == 0:
-        common.save_grid(x0_hats.transpose(0, 1).flatten(0, 1), run / "trajectory.png", columns=len(x0_hats))
+        grid, _, _, x0_hats = sample(networks[weights], 64, solver, steps, args, device)
+        common.save_grid(grid, run / f"samples_{weights}_{solver}{steps or ''}.png")
+        if rank() == 0 and (weights, solver, steps or max(args.steps)) == ("model", args.solver, max(args.steps)):
+            rows = x0_hats[:, :8].transpose(0, 1).flatten(0, 1)  # a sample a row
+            common.save_grid(rows, run / "trajectory.png", columns=len(x0_hats))
     if args.save_samples:
         part = sample(networks["model"], args.save_samples, args.solver, args.steps[-1], args, device)[0]
         common.save(lambda file: np.savez(file, part.permute(0, 2, 3, 1).cpu().numpy()), run / "samples.npz")
@@ -571,6 +571,7 @@ def fit(args, device, prefix, module, ema, draw, iterations, warmup, definition,
                    f"each; {sum(p.numel() for p in module.network.parameters()):,} network parameters, "
                    f"{sum(p.numel() for p in module.parameters() if p.requires_grad):,} trained in all")
     if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):
+        torch._dynamo.config.recompile_limit = 64  # networks, batch sizes and numbers of heads share forward
         for part in filter(None, (module.network, ema.module, getattr(module, "encoder", None))):
             part.compile(dynamic=False)
     if start == iterations:

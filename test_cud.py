@@ -120,11 +120,14 @@ def test_dopri5_meets_its_tolerance_and_counts_evaluations():
     ("published", 1, [2]), ("published", 2, [3, 2]), ("published", 3, [3, 2, 2]),
     ("dense", 1, [2]), ("dense", 2, [3, 3]), ("dense", 3, [3, 3, 4])])
 def test_catch_up_points_have_their_local_order(points, order, theory):
-    t, errors = torch.full((3,), 0.9, dtype=torch.float64), []
+    t, errors, seen = torch.full((3,), 0.9, dtype=torch.float64), [], []
     for h in (0.04, 0.02, 0.01, 0.005):
         where, when = cud_mnist.catch_up_points(field, X, t, torch.full_like(t, h), field(X, t), order, points)
         assert torch.allclose(when, torch.stack([t - (j + 1) * h for j in range(order)]))
         errors.append([(where[j] - exact(X, 0.9, 0.9 - (j + 1) * h)).abs().max().item() for j in range(order)])
+    late = torch.full((3,), 0.01, dtype=torch.float64)  # the step passes the data: no time below EPS
+    _, when = cud_mnist.catch_up_points(lambda x, t: seen.append(t) or field(x, t), X, late, late, X, order, points)
+    assert all((times >= cud_mnist.EPS).all() for times in [*seen, when]) and when[-1, 0] == cud_mnist.EPS
     for j in range(order):
         slope = slopes([e[j] for e in errors]).mean()
         assert slope == pytest.approx(theory[j], abs=0.3), (j, slope)
