@@ -213,8 +213,8 @@ class CatchUp(nn.Module):
         super().__init__()
         self.network, self.encoder, self.target, self.args = network, encoder, target, args
 
-    def forward(self, x, noise, t, h, progress):
-        """x, noise [B, C, H, W]; t, h [B]; progress i/I. Mean loss; sums and counts [2, columns] to log."""
+    def forward(self, x, noise, t, h, done):
+        """x, noise [B, C, H, W]; t, h [B]; done i/I. Mean loss; sums and counts [2, columns] to log."""
         args, z, kl = self.args, noise, torch.zeros_like(t)
         if self.encoder is not None:  # learned coupling (arXiv 2301.12003)
             mu, log_var = self.encoder(x, torch.ones_like(t))[0].chunk(2, 1)
@@ -222,7 +222,7 @@ class CatchUp(nn.Module):
             kl = (mu.square() + log_var.exp() - 1 - log_var).flatten(1).mean(1) / 2
         catchup, truth = catch_up_loss(self.network, x, z, t, h, args.rk_order, args.rk_points,
                                        self.network.velocity, self.target)
-        w_1, w_2 = (2 * progress, 2 * (1 - progress)) if args.loss_ramp else (1, 1)
+        w_1, w_2 = (2 * done, 2 * (1 - done)) if args.loss_ramp else (1, 1)
         loss = w_1 * catchup + w_2 * truth + args.kl_weight * kl
         with torch.no_grad():
             quarters = F.one_hot((4 * t).long().clamp(max=3), 4).to(t.dtype)  # [B, 4]
@@ -756,6 +756,8 @@ def main(argv=None):
         if rank() == 0:
             print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # while training, Ctrl-C is caught earlier and saves
+        return 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
