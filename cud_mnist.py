@@ -490,7 +490,7 @@ def evaluate(args, networks, images, labels, device):
     for weights, solver, steps in plan:  # pictures first: whatever happens to the figures, they are there
         grid, _, _, x0_hats = sample(networks[weights], 64, solver, steps, args, device)
         common.save_grid(grid, run / f"samples_{weights}_{solver}{steps or ''}.png")
-        if rank() == 0 and (weights, solver, steps or max(args.steps)) == ("model", args.solver, max(args.steps)):
+        if rank() == 0 and (weights, steps or max(args.steps)) == ("model", max(args.steps)):
             rows = x0_hats[:, :8].transpose(0, 1).flatten(0, 1)  # a sample a row
             common.save_grid(rows, run / "trajectory.png", columns=len(x0_hats))
     if args.save_samples:
