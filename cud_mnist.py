@@ -95,7 +95,7 @@ def parse_args(argv=None):
     flag("--rk-order", type=int, choices=range(4), default=1, help="k (RK12, RK23, RK34); 0: rectified flow")
     flag("--rk-points", choices=list(POINTS), default="published",
          help="b(j): the paper's, or dense output, whose later points are more accurate at no cost")
-    flag("--step-rule", choices=list(STEP_RULES), default="uniform", help="h ~ U(0, 1/N), h = t/N or h = 1/N")
+    flag("--step-rule", choices=list(STEP_RULES), default="uniform", help="the step h: drawn from U(0, 1/N), t/N or 1/N")
     flag("--intervals", type=count, default=16, help="N of the step rule")
     flag("--target", choices=["online", "ema"], default="online",
          help="network that makes y_j: itself, dropout on (released code), or its EMA (the paper's figure)")

@@ -88,6 +88,8 @@ def test_solver_has_its_order_and_spends_its_steps(name, order, t_start, t_end):
         assert nfe == steps == len(calls)
         t, point, v = path[0]
         assert t == t_start and torch.equal(point, X) and torch.equal(v, field(X, calls[0]))
+        for t, point, v in path:
+            assert torch.equal(v, field(point, torch.full((3,), t, dtype=torch.float64)))
         errors.append((x - end).abs().max().item())
     assert slopes(errors)[-1] == pytest.approx(order, abs=0.15), errors
 
@@ -371,7 +373,7 @@ def test_straightness_and_samples():
     args = small_args("--seed", "4")
     images, nfe, bend, x0_hats = cud_mnist.sample(Growth, 1000, "euler", 10, args, torch.device("cpu"))
     z = torch.cat([cud_mnist.normal(500, "cpu", 4, 1, i) for i in range(2)])
-    assert nfe == 10 and torch.equal(images, common.to_uint8(z * 1.2 ** 10))
+    assert nfe == 10 and (images.int() - common.to_uint8(z * 1.2 ** 10).int()).abs().max() <= 1  # rounding
     square = z.square().mean().item()
     path = 1.2 ** np.arange(10)
     assert bend == pytest.approx(square * np.mean((-2 * path - (1 - 1.2 ** 10)) ** 2), rel=0.01)
