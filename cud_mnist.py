@@ -64,8 +64,8 @@ PAPER = dict(
     iterations=50_000, batch_size=256, lr=3e-4, warmup=5_000, ema_decay=0.9999, one_step_iterations=40_000)
 QUICK = dict(
     run_dir="runs/mnist-quick", data="glyphs", channels=8, multipliers=[1, 2, 4], blocks=1, dropout=0.0,
-    iterations=1_000, batch_size=32, lr=2e-3, ema_decay=0.999, checkpoint_every=500, steps=[1, 2, 4, 15],
-    one_step=True, one_step_iterations=150, one_step_pairs=1_000, features="classifier", fid_samples=1_000)
+    iterations=800, batch_size=32, lr=2e-3, ema_decay=0.995, checkpoint_every=400, steps=[1, 2, 4, 15],
+    one_step=True, one_step_iterations=120, one_step_pairs=1_000, features="classifier", fid_samples=1_000)
 NOT_TRAINING = set(  # flags that may change when a run is continued
     "quick run_dir device amp compile checkpoint_every steps solver tolerance fid_samples fid_mode features "
     "save_samples one_step one_step_iterations one_step_pairs iterations".split())
