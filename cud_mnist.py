@@ -25,7 +25,9 @@ finds. The trajectories become straight, so few steps suffice, without a teacher
     python cud_mnist.py --rk-order 3 --one-step     the paper's recipe for MNIST, then the one-step stage
     python cud_mnist.py --steps 1 2 4 8 15          evaluates the finished run in runs/mnist, training nothing
 
-RESULT
+Measured (README: commands, two seeds, a small network, one CPU core each; not an FID): FD (classifier) on real
+MNIST with 4 Euler steps is 69.8 for rectified flow, 48.3 with --rk-order 1 and 43.1 with --rk-order 3.
+
 Paper: "Catch-Up Distillation: You Only Need to Train Once for Accelerating Sampling", arXiv 2305.10769.
 """
 import argparse
