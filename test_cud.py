@@ -491,7 +491,7 @@ def test_quick_leaves_a_whole_run(quick, monkeypatch, capsys):
     with np.load(folder / "samples.npz") as file:
         assert file["arr_0"].shape == (12, 28, 28, 1) and file["arr_0"].dtype == np.uint8
     again = json.loads((folder / "results.json").read_text())
-    assert len(again) == 5 and again[1] == {**results[1]}
+    assert len(again) == 5 and results[1] in again  # three and two new ones: nothing doubled, nothing lost
     one_step = next(r for r in again if r["weights"] == "one-step EMA")
     assert one_step["value"] == pytest.approx(results[2]["value"])
     assert "heun" in capsys.readouterr().out
