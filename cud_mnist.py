@@ -76,7 +76,7 @@ NOT_TRAINING = set(  # flags that may change when a run is continued
 
 def load_data(args):
     """Images uint8 [N, C, H, W] and labels int64 [N], on the CPU."""
-    return (common.glyphs(10_000, IMAGE[1]) if args.data == "glyphs"
+    return (common.glyphs(10_000, IMAGE) if args.data == "glyphs"
             else common.load_mnist(args.data, args.split))
 
 
@@ -478,7 +478,8 @@ def reference(features, name, images, key, device):
     def make():
         a, b = (moments(features, images[i::2]) for i in range(2))
         noise = moments(features, common.to_uint8(normal(min(len(images), 5_000), device, 0)))
-        return {"moments": a + b, "floor": frechet_distance(a, b), "noise": frechet_distance(noise, a + b)}
+        return {"moments": a + b, "source": "their statistics computed here",
+                "floor": frechet_distance(a, b), "noise": frechet_distance(noise, a + b)}
 
     if len(images) < 2 * FEATURES[name.split("-")[0]]:
         raise InputError(f"{len(images)} real images are too few for the covariance of {name} features")
@@ -513,7 +514,7 @@ def evaluate(args, networks, images, labels, device):
     n, seen = args.fid_samples, args.iterations * args.batch_size
     fid = "FID" if n >= 50_000 else f"FID-{n / 1000:g}k"
     figure = fid if args.features == "inception" else "FD (classifier)"
-    data = f"{len(images):,} {args.split} images of {args.data or DATA}"
+    data = f"{len(images):,} {args.split} images of {args.data or DATA} ({real['source']})"
     common.say(f"{figure}: {n:,} samples against {data}; {name}; EMA weights; seed {args.seed}; {seen:,} "
                f"images seen\n{'weights':10}{'solver':8}{'NFE':>6}{figure:>18}{'straightness':>14}\n"
                f"{'real images, halved':24}{real['floor']:18.3f}\n{'pure noise':24}{real['noise']:18.3f}")
@@ -661,7 +662,8 @@ def train(args, device, images):
         t, uniform = EPS + (1 - EPS) * torch.rand(**options), torch.rand(**options)
         h = STEP_RULES[args.step_rule](t, args.intervals, uniform)
         torch.manual_seed(seed_of(args.seed, 4, i, rank()))  # dropout
-        return common.to_float(images[index[own]]), noise[own], t[own], h[own], i / args.iterations
+        x = common.to_float(images[index[own]])
+        return x, noise[own], t[own], h[own], i / args.iterations
 
     fit(args, device, "", module, ema, draw, args.iterations, min(args.warmup, args.iterations // 10),
         {k: v for k, v in vars(args).items() if k not in NOT_TRAINING}, (args.solver, args.steps[-1]))

@@ -2,6 +2,9 @@
 
     pytest                      everything, on a CPU, in a temporary folder, without network or data
 """
+import ast
+import difflib
+import io
 import json
 import math
 import os
@@ -11,9 +14,12 @@ import re
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import tarfile
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +32,22 @@ from scipy.linalg import sqrtm
 from torch.testing import assert_close
 
 import common
+import cud_cifar10
 import cud_mnist
 
 HERE = Path(__file__).parent
-REAL_MNIST = HERE.parent / "shared/data/mnist"
+REAL = HERE.parent / "shared/data"
+SCRIPTS = [cud_mnist, cud_cifar10]
 TINY = shlex.split("--data glyphs --channels 8 --multipliers 1 2 --blocks 1 --batch-size 8 --fid-samples 0 "
                    "--steps 2")
 QUICK = shlex.split("--quick --iterations 30 --multipliers 1 2 --one-step-iterations 4 --one-step-pairs 30")
+
+
+class Payload:
+    """A pickle that runs code."""
+
+    def __reduce__(self):
+        return os.mkdir, ("run_by_the_pickle",)
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +61,7 @@ def small():
     """600 glyphs are plenty here."""
     full = common.glyphs
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "glyphs", lambda n, size, seed=0: full(min(n, 600), size, seed))
+        patch.setattr(common, "glyphs", lambda n, shape, seed=0: full(min(n, 600), shape, seed))
         yield
 
 
@@ -285,18 +300,21 @@ def test_step_rules():
 # -------------------------------------------------------------------------------------------------- networks
 
 
-def parameters(**options):
+@pytest.mark.parametrize("script, one_head, further_head, encoder, recipe", [
+    (cud_mnist, 2_155_201, 705, 2_155_778, (50_000, 256, 3e-4)),
+    (cud_cifar10, 55_732_739, 7_427, 2_208_966, (500_000, 128, 2e-4))])
+def test_defaults_are_the_paper_s(script, one_head, further_head, encoder, recipe, monkeypatch):
+    args, sizes, fit = script.parse_args(["--rk-order", "2"]), [], []
+    assert (args.iterations, args.batch_size, args.lr) == recipe
+    assert (args.warmup, args.ema_decay, args.kl_weight, args.intervals) == (5_000, 0.9999, 20, 16)
+    assert (args.skip_phi, args.one_step_iterations, args.target) == (0.75, 40_000, "online")
+    assert getattr(args, "flip", False) == (script is cud_cifar10)  # a mirrored digit is no digit
+    monkeypatch.setattr(script, "prepare", lambda network, *_: sizes.append(
+        sum(p.numel() for p in network.parameters())) or network)
+    monkeypatch.setattr(script, "fit", lambda *given: fit.append(given))
     with torch.device("meta"):
-        return sum(p.numel() for p in cud_mnist.UNet(dropout=0.13, **options).parameters())
-
-
-def test_parameter_counts_are_the_paper_s():
-    mnist = dict(image=(1, 28, 28), channels=32, multipliers=[2, 2, 2], blocks=2)
-    assert parameters(**mnist) == 2_155_201 and parameters(**mnist, heads=3) == 2_155_201 + 2 * 705
-    assert parameters(**mnist, c_out=2) == 2_155_778
-    cifar = dict(image=(3, 32, 32), multipliers=[2, 2, 2])
-    assert parameters(**cifar, channels=128, blocks=4, heads=2) == 55_732_739 + 7_427
-    assert parameters(**cifar, channels=32, blocks=2, c_out=6) == 2_208_966
+        script.train(args, torch.device("meta"), None)
+    assert sizes == [one_head + further_head, encoder] and fit[0][6:8] == (args.iterations, 5_000)
 
 
 def test_time_embedding_and_skip_scaling():
@@ -383,11 +401,15 @@ def test_straightness_and_samples():
 # ------------------------------------------------------------------------------------------------------ data
 
 
-def test_glyphs():
-    images, labels = common.glyphs(400, 28, seed=3)
-    again, _ = common.glyphs(400, 28, seed=3)
-    assert images.shape == (400, 1, 28, 28) and images.dtype == torch.uint8 and torch.equal(images, again)
-    assert labels.unique().tolist() == list(range(10)) and images.amax((1, 2, 3)).min() > 200
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32)])
+def test_glyphs(shape):
+    images, labels = common.glyphs(400, shape, seed=3)
+    again, _ = common.glyphs(400, shape, seed=3)
+    assert images.shape == (400, *shape) and images.dtype == torch.uint8 and torch.equal(images, again)
+    assert labels.unique().tolist() == list(range(10)) and images.amax((1, 2, 3)).min() > 150
+    dark = images[..., :1, :1].int()  # a corner, and the difference to it: white on black again
+    images = ((images - dark).abs().sum(1, keepdim=True) / (images - dark).abs().sum(1, keepdim=True).amax(
+        (1, 2, 3), keepdim=True) * 255).round()
     flat = images.flatten(1).float()
     means = torch.stack([flat[labels == d].mean(0) for d in range(10)])
     nearest = torch.cdist(flat, means).argmin(1)
@@ -425,11 +447,131 @@ def test_mnist_files(monkeypatch):
     assert (got.numpy()[:, 0] == images).all() and classes.tolist() == list(range(7))
 
 
-@pytest.mark.skipif(not REAL_MNIST.exists(), reason="no real MNIST beside the project")
+@pytest.mark.skipif(not REAL.exists(), reason="no real MNIST beside the project")
 def test_real_mnist():
-    images, labels = common.load_mnist(REAL_MNIST, "test")
+    images, labels = common.load_mnist(REAL / "mnist", "test")
     assert images.shape == (10_000, 1, 28, 28) and labels[:5].tolist() == [7, 2, 1, 0, 4]
     assert images.float().mean().item() == pytest.approx(33.79, abs=0.01)
+
+
+@pytest.fixture
+def cifar(monkeypatch):
+    """Five batches of four random images and a test batch of three, in every form that users have them."""
+    def string(self, value):  # Python 2 wrote what Python 3 reads as bytes
+        self.write(pickle.BINSTRING + struct.pack("<i", len(value)) + value)
+        self.memoize(value)
+
+    class Python2(pickle._Pickler):
+        dispatch = {**pickle._Pickler.dispatch, bytes: string}
+
+    rng, made = np.random.default_rng(0), {}
+    for folder in ("cifar-10-batches-py", "cifar-10-batches-bin", "pictures/train", "pictures/test"):
+        Path(folder).mkdir(parents=True)
+    for name, n in [*((f"data_batch_{i}", 4) for i in range(1, 6)), ("test_batch", 3)]:
+        images, labels = rng.integers(0, 256, (n, 3, 32, 32), np.uint8), rng.integers(0, 3, n)
+        made[name] = images, labels
+        rows = np.concatenate([labels[:, None].astype(np.uint8), images.reshape(n, -1)], 1)
+        Path(f"cifar-10-batches-bin/{name}.bin").write_bytes(rows.tobytes())
+        content = {b"batch_label": b"x", b"labels": labels.tolist(), b"data": images.reshape(n, -1)}
+        file = io.BytesIO()
+        Python2(file, protocol=2).dump(content)
+        old = file.getvalue().replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+        Path(f"cifar-10-batches-py/{name}").write_bytes(old)
+        for i, (image, label) in enumerate(zip(images, labels)):
+            folder = Path("pictures/test" if name == "test_batch" else "pictures/train") / f"class{label}"
+            folder.mkdir(exist_ok=True)
+            Image.fromarray(image.transpose(1, 2, 0)).save(folder / f"{name}_{i}.png")
+    for kind in ("binary", "python"):
+        with tarfile.open(f"cifar-10-{kind}.tar.gz", "w:gz") as archive:
+            archive.add(f"cifar-10-batches-{kind[:3] if kind == 'binary' else 'py'}")
+    with zipfile.ZipFile("pictures.zip", "w") as archive:
+        for file in Path("pictures").rglob("*.png"):
+            archive.write(file)
+    Path("data/cifar10").mkdir(parents=True)
+    shutil.copy("cifar-10-binary.tar.gz", "data/cifar10")  # downloaded earlier
+    return made
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("path", [
+    None, ".", "cifar-10-binary.tar.gz", "cifar-10-python.tar.gz", "cifar-10-batches-bin",
+    "cifar-10-batches-py", "pictures.zip", "pictures"])
+def test_every_form_of_cifar10_gives_the_same_arrays(path, split, cifar):
+    names = sorted(name for name in cifar if name.startswith("data" if split == "train" else "test"))
+    images, labels = (np.concatenate([cifar[name][part] for name in names]) for part in (0, 1))
+    if str(path).startswith("pictures"):  # in the order of class and name
+        order = sorted(range(len(labels)), key=lambda i: (labels[i], i))
+        images, labels = images[order], labels[order]
+    got, classes = common.load_cifar10(path, split)
+    assert got.dtype == torch.uint8 and np.array_equal(got, images) and classes.tolist() == labels.tolist()
+
+
+def test_bad_cifar10_is_named(cifar):
+    def refused(path, *said):
+        before = {file: file.read_bytes() for file in Path().rglob("*") if file.is_file()}
+        with pytest.raises((common.InputError, OSError)) as error:
+            common.load_cifar10(path)
+        assert all(part in str(error.value) for part in said) and "\n" not in str(error.value), error.value
+        assert before == {file: file.read_bytes() for file in Path().rglob("*") if file.is_file()}
+
+    Path("cifar-10-batches-py/data_batch_3").write_bytes(pickle.dumps({b"data": Payload(), b"labels": []}))
+    refused("cifar-10-batches-py", "data_batch_3", "asks for", "mkdir")
+    assert not Path("run_by_the_pickle").exists()
+    Path("cifar-10-batches-bin/data_batch_5.bin").unlink()
+    refused("cifar-10-batches-bin", "data_batch_5 in cifar-10-batches-bin")
+    whole = Path("cifar-10-binary.tar.gz").read_bytes()
+    Path("cifar-10-binary.tar.gz").write_bytes(whole[:len(whole) // 2])
+    refused("cifar-10-binary.tar.gz", "cifar-10-binary.tar.gz is damaged")
+    Image.new("RGB", (32, 31)).save("pictures/train/class0/odd.png")
+    refused("pictures", "class0/odd.png", "32x31, not 32x32")
+    Path("pictures/train/class0/odd.png").write_bytes(b"no picture")
+    refused("pictures", "class0/odd.png", "cannot identify")
+    Path("pictures.zip").write_bytes(Path("pictures.zip").read_bytes()[:-9])
+    refused("pictures.zip", "pictures.zip is neither a folder nor a .zip")
+    refused("nowhere", "nowhere")
+    refused("data", "data holds no train pictures")
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="no real CIFAR-10 beside the project")
+def test_real_cifar10():
+    start = time.time()
+    images, labels = common.load_cifar10(REAL / "cifar10-train-jpeg.zip")
+    assert images.shape == (50_000, 3, 32, 32) and labels.bincount().tolist() == [5_000] * 10
+    assert time.time() - start < 30
+    mean = images.float().mean((0, 2, 3))  # of the official images: 125.3, 123.0, 113.9
+    assert mean.tolist() == pytest.approx([125.3, 123.0, 113.9], abs=0.5)
+
+
+def test_flips_mirror_every_other_image_and_change_nothing_else(monkeypatch):
+    draws = []
+    monkeypatch.setattr(cud_cifar10, "fit", lambda *given: draws.append(given[5]))
+    images = torch.randint(0, 256, (40, 3, 32, 32), dtype=torch.uint8)
+    for flag in ("--flip", "--no-flip"):
+        args = cud_cifar10.parse_args([*TINY, flag, "--batch-size", "400"])
+        cud_cifar10.train(args, torch.device("cpu"), images)
+    flipped, plain = (draw(3) for draw in draws)
+    mirrored = (flipped[0] == plain[0].flip(3)).flatten(1).all(1)
+    assert torch.equal(flipped[0][~mirrored], plain[0][~mirrored]) and 150 < mirrored.sum() < 250
+    assert all(torch.equal(a, b) for a, b in zip(flipped[1:4], plain[1:4]))
+
+
+def test_clean_fid_s_statistics_of_cifar10(monkeypatch):
+    rng, fetched = np.random.default_rng(0), []
+    features = rng.normal(size=(900, 6)) @ rng.normal(size=(6, 6)) + 1
+
+    def download(urls, path):
+        fetched.append(urls[0])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(path, mu=features.mean(0), sigma=np.cov(features.T))
+    monkeypatch.setattr(common, "download", download)
+    args = cud_cifar10.parse_args(["--split", "test"])
+    known = cud_cifar10.precomputed(args, 900)
+    computed = cud_cifar10.moments(lambda x: x, torch.tensor(features))
+    assert_close(known["moments"], computed, rtol=1e-9, atol=1e-9)
+    assert fetched == [cud_cifar10.STATISTICS + "cifar10_legacy_tensorflow_test_32.npz"]
+    assert not cud_cifar10.precomputed(cud_cifar10.parse_args(["--data", "glyphs"]), 900)
+    monkeypatch.setattr(common, "download", lambda *_: (_ for _ in ()).throw(common.InputError("no network")))
+    assert not cud_cifar10.precomputed(cud_cifar10.parse_args(["--fid-mode", "clean"]), 900)
 
 
 def test_download_tries_the_mirrors_and_leaves_no_half_file(tmp_path):
@@ -498,7 +640,23 @@ def test_quick_leaves_a_whole_run(quick, monkeypatch, capsys):
     more = shlex.split("--solver dopri5 --no-one-step --fid-samples 300 --tolerance 1e-2")
     assert cud_mnist.main(QUICK + more) == 0
     last = json.loads((folder / "results.json").read_text())[-1]
-    assert last["solver"] == "dopri5" and last["nfe"] >= 7 and last["nfe"] % 6 == 1
+    assert last["solver"] == "dopri5" and last["nfe"] >= 8 and last["nfe"] % 6 == 2  # two to begin with
+
+
+def test_quick_cifar10_is_continued_and_evaluated(capsys):
+    flags = shlex.split("--fid-samples 300 --steps 1 3")
+    assert cud_cifar10.main([*QUICK, "--iterations", "15", "--no-one-step", *flags]) == 0
+    assert cud_cifar10.main([*QUICK, *flags, "--save-samples", "12"]) == 0
+    out, folder = capsys.readouterr().out, Path("runs/cifar10-quick")
+    assert "iterations 15 to 30" in out
+    assert "against 600 train images of glyphs (their statistics computed here)" in out
+    results = json.loads((folder / "results.json").read_text())
+    assert [(r["weights"], r["steps"], r["images_seen"]) for r in results] == [
+        *(("model EMA", steps, seen) for seen in (480, 960) for steps in (1, 3)), ("one-step EMA", 1, 960)]
+    assert all(0 < r["floor"] < r["value"] < r["noise"] for r in results)
+    with np.load(folder / "samples.npz") as file:
+        assert file["arr_0"].shape == (12, 32, 32, 3) and file["arr_0"].dtype == np.uint8
+    assert Image.open(folder / "samples_model_euler3.png").mode == "RGB"
 
 
 def test_warm_up_ema_decay_and_log_rows(monkeypatch):
@@ -535,7 +693,7 @@ def test_one_step_pairs_and_loss():
 
 
 SCRIPT = "import sys, common, cud_mnist; cud_mnist.LOG_EVERY = 4; full = common.glyphs; " \
-         "common.glyphs = lambda n, size: full(600, size); sys.exit(cud_mnist.main(sys.argv[1:]))"
+         "common.glyphs = lambda n, shape: full(600, shape); sys.exit(cud_mnist.main(sys.argv[1:]))"
 EXACT = shlex.split("--rk-order 3 --coupling learned --dropout 0.3 --target ema --iterations 26 "
                     "--checkpoint-every 9 --one-step --one-step-iterations 9 --one-step-pairs 20")
 
@@ -646,7 +804,7 @@ def test_inception_features_end_to_end(monkeypatch, capsys):
     assert row["figure"] == "FID-2.1k" and row["features"] == "inception-legacy_tensorflow"
     assert row["value"] > row["floor"]
     reference = torch.load(next(Path("data/cache").glob("reference-*")))["moments"]
-    images = full(600, 28)[0].repeat(7, 3, 1, 1).float()
+    images = full(600, (1, 28, 28))[0].repeat(7, 3, 1, 1).float()
     network = torch.jit.load(weights)
     np.testing.assert_allclose(reference[-1, :-1] / 4200, network(images).mean(0).detach(), rtol=1e-4)
     features, name = cud_mnist.inception_features("clean", torch.device("cpu"))
@@ -696,11 +854,6 @@ def test_ranks_must_divide_the_batch(monkeypatch):
         small_args()
 
 
-class Payload:
-    def __reduce__(self):
-        return os.mkdir, ("run_by_the_pickle",)
-
-
 def test_bad_checkpoints_are_refused_and_left_alone(capsys):
     path = Path("runs/mnist/checkpoint.pt")
     assert run("--iterations", "2")[0] == 0
@@ -748,16 +901,48 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(monkeypatch,
     assert all(value.isfinite().all() for value in torch.load("runs/mnist/model.pt")["model"].values())
 
 
+# ------------------------------------------------------------------------------------ one text, three scripts
+
+
+def statements(script):
+    """The script's top-level statements by name, or first line, with the comments and blank lines above."""
+    text, end, found = Path(script.__file__).read_text(), 0, {}
+    lines = text.splitlines()
+    for node in ast.parse(text).body:
+        target = getattr(node, "targets", [node])[0]
+        name = getattr(target, "name", getattr(target, "id", lines[node.lineno - 1] if end else "docstring"))
+        found[name] = lines[end:node.end_lineno]
+        end = node.end_lineno
+    return found
+
+
+CONFIGURATION = {"docstring", "IMAGE", "DATA", "DATA_HELP", "PAPER", "QUICK", "load_data"}
+ADDED_TO = {"parse_args", "train", "evaluate"}
+
+
+def test_cifar10_differs_from_mnist_in_what_it_must_alone():
+    mnist, cifar = statements(cud_mnist), statements(cud_cifar10)
+    assert [name for name in cifar if name in mnist] == list(mnist)  # in the same order
+    assert cifar.keys() - mnist.keys() == {"STATISTICS", "precomputed"}
+    assert {name for name in mnist if mnist[name] != cifar[name]} == CONFIGURATION | ADDED_TO
+    for name in ADDED_TO:
+        assert not [line for line in difflib.ndiff(mnist[name], cifar[name]) if line.startswith("- ")], name
+
+
 # ---------------------------------------------------------------------------------------------------- README
 
 
 def test_readme_commands_parse_and_its_python_runs(quick, monkeypatch):
     text = (HERE / "README.md").read_text()
     blocks = re.findall(r"```bash\n(.*?)```", text.replace("\\\n", " "), re.S)
-    found = [flags for block in blocks for flags in re.findall(r"cud_mnist\.py([^#;&|\n]*)", block)]
-    assert len(found) > 5
-    for flags in found:
-        cud_mnist.parse_args(shlex.split(re.sub(r"\$\w+", "1", flags)))
+    for script in SCRIPTS:
+        name = re.escape(Path(script.__file__).name)
+        found = [flags for block in blocks for flags in re.findall(name + r"([^#;&|\n]*)", block)]
+        assert len(found) > 5
+        for flags in found:
+            script.parse_args(shlex.split(re.sub(r"\$\w+", "1", flags)))
+    rows = re.findall(r"\| `(--run-dir [^`]*)`", text)
+    assert len(rows) > 10 and len({cud_cifar10.parse_args(row.split()).run_dir for row in rows}) == len(rows) - 1
     monkeypatch.chdir(quick)
     monkeypatch.syspath_prepend(str(HERE))
     blocks = re.findall(r"```python\n(.*?)```", text, re.S)
@@ -766,14 +951,16 @@ def test_readme_commands_parse_and_its_python_runs(quick, monkeypatch):
         exec(compile(block.replace("runs/mnist/", "runs/mnist-quick/"), "README.md", "exec"), {})
 
 
-def test_every_flag_is_explained():
-    command, env = [sys.executable, HERE / "cud_mnist.py", "--help"], {**os.environ, "COLUMNS": "300"}
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_is_explained(script):
+    command, env = [sys.executable, script.__file__, "--help"], {**os.environ, "COLUMNS": "300"}
     text = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
     entries = [" ".join(entry.split("\n\n")[0].split()) for entry in re.split(r"\n  (?=--|-h)", text)[1:]]
-    flags = re.findall(r"flag\(\"(--[a-z-]+)\"", (HERE / "cud_mnist.py").read_text())
+    flags = re.findall(r"flag\(\"(--[a-z-]+)\"", Path(script.__file__).read_text())
     assert len(flags) == len(entries) - 1 > 35
     for flag, entry in zip(flags, entries[1:]):
         form = rf"{flag}(, --no{flag[1:]})?( \{{.*?\}}| [A-Z_]+( \[[A-Z_]+ \.\.\.\])?)? "
         said = re.sub(r"\(default: .*?\)$", "", re.sub(form, "", entry, count=1))
         assert entry.startswith(flag) and len(re.findall(r"[a-zA-Z]{2,}", said)) >= 3, entry
-    assert "(default: 50000)" in text and not list(Path().iterdir())  # importing and helping write nothing
+    assert f"(default: {script.PAPER['iterations']})" in text
+    assert not list(Path().iterdir())  # importing and helping write nothing
