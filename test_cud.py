@@ -942,7 +942,8 @@ def test_readme_commands_parse_and_its_python_runs(quick, monkeypatch):
         for flags in found:
             script.parse_args(shlex.split(re.sub(r"\$\w+", "1", flags)))
     rows = re.findall(r"\| `(--run-dir [^`]*)`", text)
-    assert len(rows) > 10 and len({cud_cifar10.parse_args(row.split()).run_dir for row in rows}) == len(rows) - 1
+    folders = {cud_cifar10.parse_args(row.split()).run_dir for row in rows}
+    assert len(folders) == len(rows) - 1 > 10  # one for each, and one-step goes on in RK12's
     monkeypatch.chdir(quick)
     monkeypatch.syspath_prepend(str(HERE))
     blocks = re.findall(r"```python\n(.*?)```", text, re.S)
