@@ -39,6 +39,7 @@ import os
 import platform
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -70,8 +71,8 @@ QUICK = dict(
     iterations=800, batch_size=32, lr=2e-3, ema_decay=0.995, checkpoint_every=400, steps=[1, 2, 4, 15],
     one_step=True, one_step_iterations=120, one_step_pairs=1_000, features="classifier", fid_samples=1_000)
 NOT_TRAINING = set(  # flags that may change when a run is continued
-    "quick run_dir device amp compile checkpoint_every steps solver tolerance fid_samples fid_mode features "
-    "save_samples one_step one_step_iterations one_step_pairs iterations".split())
+    "quick run_dir device amp compile accumulate checkpoint_every steps solver tolerance fid_samples "
+    "fid_mode features save_samples one_step one_step_iterations one_step_pairs iterations".split())
 
 
 def load_data(args):
@@ -112,6 +113,8 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("training").add_argument
     flag("--iterations", type=count, help="I; may grow when a run is continued")
     flag("--batch-size", type=count, help="images an iteration, over all ranks")
+    flag("--accumulate", type=count, default=1,
+         help="split a rank's batch into this many parts, to save memory")
     flag("--lr", type=number(float, above=0), help="Adam's learning rate")
     flag("--warmup", type=number(int, 0), help="iterations of linear warm-up, at most a tenth of all")
     flag("--ema-decay", type=share, help="an iteration, at most (1 + i)/(10 + i), for the sake of short runs")
@@ -149,8 +152,9 @@ def parse_args(argv=None):
     if 0 < args.fid_samples <= FEATURES[args.features]:
         parser.error(f"--fid-samples: the covariance of {FEATURES[args.features]} {args.features} features "
                      "needs more images than that (0: no distance)")
-    if args.batch_size % world():
-        parser.error(f"--batch-size {args.batch_size} is not divisible by the {world()} ranks")
+    if args.batch_size % (world() * args.accumulate):
+        parser.error(f"--batch-size {args.batch_size} is not divisible by the {world()} ranks"
+                     + f" x --accumulate {args.accumulate}" * (args.accumulate > 1))
     return args
 
 
@@ -411,20 +415,21 @@ def classifier_features(images, labels, device, key):
     def make():
         optimizer = torch.optim.Adam(network.parameters(), 2e-3)
         for _ in progress(range(400), "classifier"):
-            index = torch.randint(len(images), (128,)).to(device)
-            F.cross_entropy(network(common.to_float(images[index]))[1], labels[index]).backward()
+            index = torch.randint(len(images), (128,)).to(images.device)
+            x, wanted = images[index].to(device), labels[index].to(device)
+            F.cross_entropy(network(common.to_float(x))[1], wanted).backward()
             optimizer.step()
             optimizer.zero_grad()
         with torch.no_grad():
             network.eval()
-            f = torch.cat([network(common.to_float(part))[0] for part in images.split(SAMPLE_BATCH)])
-        return {"network": network.state_dict(), "scale": f.std(0).clamp(min=1e-3)}
+            f = [network(common.to_float(part.to(device)))[0] for part in images.split(SAMPLE_BATCH)]
+        return {"network": network.state_dict(), "scale": torch.cat(f).std(0).clamp(min=1e-3)}
 
     saved = common.cached(CACHE / f"classifier-{key}.pt", make)
     network.eval().load_state_dict(saved["network"])
     digest = hashlib.sha256(b"".join(v.numpy().tobytes() for v in saved["network"].values())).hexdigest()
     scale = saved["scale"].to(device)
-    return lambda part: network(common.to_float(part))[0] / scale, f"classifier-{digest[:8]}"
+    return lambda part: network(common.to_float(part.to(device)))[0] / scale, f"classifier-{digest[:8]}"
 
 
 def inception_features(mode, device):
@@ -442,7 +447,7 @@ def inception_features(mode, device):
     resizer = resize.build_resizer(mode)
 
     def extract(images):
-        x = images.expand(-1, 3, -1, -1).float()
+        x = images.to(device).expand(-1, 3, -1, -1).float()
         if mode == "clean":  # resized image by image in Pillow; legacy_tensorflow resizes inside the network
             x = np.stack([resizer(image.numpy()).transpose(2, 0, 1) for image in x.permute(0, 2, 3, 1).cpu()])
             x = torch.from_numpy(x).to(device)
@@ -553,11 +558,11 @@ def resume(path, parts, iterations, definition):
     return saved["iteration"], saved["totals"]
 
 
-def fit(args, device, prefix, module, ema, draw, iterations, warmup, definition, grid):
+def fit(args, device, prefix, module, ema, draw, iterations, warmup, definition, pictures):
     """Train `module` to `iterations`, from its checkpoint where there is one: the loop of both stages.
 
     module(*draw(i)): the loss of iteration i and what to log of it; module.network: what `ema` follows;
-    definition: the flags that a checkpoint must agree with; grid: solver and steps of the pictures.
+    definition: the flags that a checkpoint must agree with; pictures(network): uint8 images of the grid.
     """
     run, name = Path(args.run_dir), f"{prefix or 'cud_'}training"
     path, table = run / f"{prefix}checkpoint.pt", run / f"{prefix}metrics.csv"
@@ -595,14 +600,18 @@ def fit(args, device, prefix, module, ema, draw, iterations, warmup, definition,
         for i in bar:
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * min(1, (i + 1) / max(1, warmup))
-            loss, log = step(*draw(i))
-            loss.backward()
+            parts = zip(*(part.chunk(args.accumulate) if torch.is_tensor(part) else [part] * args.accumulate
+                          for part in draw(i)))
+            for j, part in enumerate(parts, 1):
+                with step.no_sync() if world() > 1 and j < args.accumulate else nullcontext():
+                    loss, log = step(*part)
+                    (loss / args.accumulate).backward()
+                totals += log
+                first_bad = torch.where(loss.isfinite(), first_bad, first_bad.clamp(max=i + 1))  # no GPU sync
             optimizer.step()
             optimizer.zero_grad()
             ema.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema_decay, (1 + i) / (10 + i)))
             ema.update_parameters(module.network)
-            totals += log
-            first_bad = torch.where(loss.isfinite(), first_bad, first_bad.clamp(max=i + 1))  # no GPU sync
             images_since += args.batch_size
 
             stopping = int(all_reduce(torch.tensor(max(came, default=0)), dist.ReduceOp.MAX))  # on the CPU
@@ -632,8 +641,7 @@ def fit(args, device, prefix, module, ema, draw, iterations, warmup, definition,
                 common.say(f"stopped and saved at iteration {i + 1}; the same command continues")
                 raise SystemExit(128 + stopping)
             if saving:
-                pictures = sample(ema.module, 64, *grid, args, device)[0]
-                common.save_grid(pictures, run / f"{prefix}samples_{i + 1:06}.png")
+                common.save_grid(pictures(ema.module), run / f"{prefix}samples_{i + 1:06}.png")
 
 
 def prepare(network, args, device):
@@ -666,7 +674,8 @@ def train(args, device, images):
         return x, noise[own], t[own], h[own], i / args.iterations
 
     fit(args, device, "", module, ema, draw, args.iterations, min(args.warmup, args.iterations // 10),
-        {k: v for k, v in vars(args).items() if k not in NOT_TRAINING}, (args.solver, args.steps[-1]))
+        {k: v for k, v in vars(args).items() if k not in NOT_TRAINING},
+        lambda network: sample(network, 64, args.solver, args.steps[-1], args, device)[0])
     return ema.module
 
 
@@ -721,7 +730,8 @@ def train_one_step(args, device, teacher):
 
     keys = vars(args).keys() - NOT_TRAINING | {"iterations", "one_step_iterations", "one_step_pairs"}
     fit(args, device, "one_step_", OneStep(student, ema.module.velocity), ema, draw,
-        3 * args.one_step_iterations, 0, {key: getattr(args, key) for key in sorted(keys)}, ("euler", 1))
+        3 * args.one_step_iterations, 0, {key: getattr(args, key) for key in sorted(keys)},
+        lambda network: sample(network, 64, "euler", 1, args, device)[0])
     return ema.module
 
 
