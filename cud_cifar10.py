@@ -351,7 +351,7 @@ class UNet(nn.Module):
 
 
 def load_model(path, device="cpu"):
-    """The network of a model.pt or one_step.pt, in evaluation mode."""
+    """The network that a run has saved, in evaluation mode."""
     saved = common.load_pt(path, ["model", "args"])
     network = UNet(**saved["args"])
     network.load_state_dict(saved["model"])
@@ -623,11 +623,11 @@ def fit(args, device, prefix, module, ema, draw, iterations, warmup, definition,
         for i in bar:
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * min(1, (i + 1) / max(1, warmup))
-            parts = zip(*(part.chunk(args.accumulate) if torch.is_tensor(part) else [part] * args.accumulate
-                          for part in draw(i)))
-            for j, part in enumerate(parts, 1):
+            batch = (part.chunk(args.accumulate) if torch.is_tensor(part) else [part] * args.accumulate
+                     for part in draw(i))
+            for j, piece in enumerate(zip(*batch), 1):
                 with step.no_sync() if world() > 1 and j < args.accumulate else nullcontext():
-                    loss, log = step(*part)
+                    loss, log = step(*piece)
                     (loss / args.accumulate).backward()
                 totals += log
                 first_bad = torch.where(loss.isfinite(), first_bad, first_bad.clamp(max=i + 1))  # no GPU sync

@@ -33,11 +33,12 @@ from torch.testing import assert_close
 
 import common
 import cud_cifar10
+import cud_imagenet64
 import cud_mnist
 
 HERE = Path(__file__).parent
 REAL = HERE.parent / "shared/data"
-SCRIPTS = [cud_mnist, cud_cifar10]
+SCRIPTS = [cud_mnist, cud_cifar10, cud_imagenet64]
 TINY = shlex.split("--data glyphs --channels 8 --multipliers 1 2 --blocks 1 --batch-size 8 --fid-samples 0 "
                    "--steps 2")
 QUICK = shlex.split("--quick --iterations 30 --multipliers 1 2 --one-step-iterations 4 --one-step-pairs 30")
@@ -692,15 +693,15 @@ def test_one_step_pairs_and_loss():
         assert_close(loss, ((noise - v - targets[:, 0]) ** 2).mean() + 0.1 * ((v - noise / 2) ** 2).mean())
 
 
-SCRIPT = "import sys, common, cud_mnist; cud_mnist.LOG_EVERY = 4; full = common.glyphs; " \
-         "common.glyphs = lambda n, shape: full(600, shape); sys.exit(cud_mnist.main(sys.argv[1:]))"
+SCRIPT = "import sys, common, {0} as script; script.LOG_EVERY = 4; full = common.glyphs; " \
+         "common.glyphs = lambda n, shape: full(600, shape); sys.exit(script.main(sys.argv[1:]))"
 EXACT = shlex.split("--rk-order 3 --coupling learned --dropout 0.3 --target ema --iterations 26 "
                     "--checkpoint-every 9 --one-step --one-step-iterations 9 --one-step-pairs 20")
 
 
-def start(*flags, launcher=(), **options):
+def start(*flags, launcher=(), script="cud_mnist", **options):
     """The script in a process of its own, with 600 glyphs and a row of metrics.csv every 4 iterations."""
-    Path("go.py").write_text(SCRIPT)
+    Path("go.py").write_text(SCRIPT.format(script))
     env = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([sys.executable, *launcher, "go.py", *TINY, *flags], env=env, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
@@ -812,6 +813,295 @@ def test_inception_features_end_to_end(monkeypatch, capsys):
     big = torch.tensor(np.stack(big)).clip(0, 255).unsqueeze(1).expand(-1, 3, -1, -1)
     expected = network.layers((big - 128) / 128)
     assert_close(features(images[:2, :1].byte()), expected, rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------- ImageNet
+
+
+def test_imagenet_defaults_are_the_paper_s(monkeypatch):
+    args, sizes, fit = cud_imagenet64.parse_args(["--data", "x"]), [], []
+    assert (args.iterations, args.batch_size, args.lr, args.warmup) == (500_000, 1024, 4e-4, 0)
+    assert (args.ema_decay, args.dropout, args.flip) == (0.9999432189950708, 0.1, True)
+    assert (args.wavelet_weight, args.skip_phi, args.rk_order) == (1, 0.75, 1)
+    monkeypatch.setattr(cud_imagenet64, "prepare", lambda network, *_: sizes.append(
+        sum(p.numel() for p in network.parameters())) or network)
+    monkeypatch.setattr(cud_imagenet64, "fit", lambda *given: fit.append(given))
+    monkeypatch.setattr(cud_imagenet64, "grid_labels", lambda *_: None)
+    with torch.device("meta"):
+        cud_imagenet64.train(args, torch.device("meta"), None, None, 1000)
+    assert sizes == [295_899_267] and fit[0][6:8] == (500_000, 0)
+
+
+def small_adm(classes=5, **options):
+    torch.manual_seed(0)
+    network = cud_imagenet64.UNet((3, 16, 16), 8, [1, 2], 1, [8], 0.0, classes, **options)
+    for p in network.parameters():  # away from the zeros that it starts with
+        nn.init.normal_(p, std=0.1)
+    return network
+
+
+def test_a_class_changes_the_output_of_its_own_images_alone():
+    network, x, t = small_adm(heads=2), torch.randn(4, 3, 16, 16), torch.rand(4)
+    a, b = (network(x, t, torch.tensor(labels)) for labels in ([1, 2, 3, 4], [1, 0, 3, 4]))
+    same = (a == b).flatten(2).all(2)
+    assert same.tolist() == [[True, False, True, True]] * 2
+    twice = network(torch.cat([x, 2 * x]), torch.cat([t, t / 2]), torch.tensor([1, 2, 3, 4]), heads=1)[0]
+    assert_close(twice[:4], a[0])
+    assert_close(twice[4:], network.velocity(2 * x, t / 2, torch.tensor([1, 2, 3, 4])))
+
+
+def test_adm_block_equals_its_definition():
+    torch.manual_seed(0)
+    block = cud_imagenet64.Block(64, 128, 16, 0.0, attention=True)
+    for p in block.parameters():
+        nn.init.normal_(p, std=0.1)
+    x, emb = torch.randn(2, 64, 4, 4), torch.randn(2, 16)
+    scale, shift = block.emb(emb).view(2, 2, 128, 1, 1).unbind(1)
+    h = nn.functional.group_norm(block.conv1(nn.functional.silu(block.norm1(x))), 32)
+    h = (h * block.norm2.weight[:, None, None] + block.norm2.bias[:, None, None]) * (1 + scale) + shift
+    h = block.skip(x) + block.conv2(nn.functional.silu(h))
+    q, k, v = block.qkv(block.norm3(h)).view(2, 3, 2, 64, 16).unbind(1)  # [B, heads, 64, H W]
+    weights = torch.softmax(torch.einsum("bhci,bhcj->bhij", q, k) / 8, -1)
+    mixed = torch.einsum("bhij,bhcj->bhci", weights, v).reshape(2, 128, 4, 4)
+    assert_close(block(x, emb), h + block.proj(mixed), rtol=1e-4, atol=1e-4)
+
+
+def test_adm_time_embedding():
+    network, seen = small_adm(), []
+    network.embed.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    network(torch.randn(2, 3, 16, 16), torch.tensor([0.3, 1.0]), torch.tensor([0, 1]))
+    for b, t in enumerate((0.3, 1.0)):  # cos first, frequencies from 1 down, t as it is
+        angles = [t * 10_000 ** (-i / 4) for i in range(4)]
+        expected = [math.cos(a) for a in angles] + [math.sin(a) for a in angles]
+        assert seen[0][b].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_wavelet_details_and_loss():
+    low = np.array(cud_imagenet64.DB3)
+    high = np.array([(-1) ** (i + 1) * low[5 - i] for i in range(6)])
+    for shift in range(3):  # orthonormal, and the high-pass filter is blind to parabolas: what makes it db3
+        assert (low[2 * shift:] * low[:6 - 2 * shift]).sum() == pytest.approx(float(shift == 0), abs=1e-9)
+        assert (np.arange(6) ** shift * high).sum() == pytest.approx(0, abs=1e-6)
+    a, b = np.random.default_rng(0).uniform(-1, 1, (2, 2, 8, 7))
+    bands = []
+    for image in (a - b) / 2:
+        rows = []
+        for f, g in ((low, high), (high, low), (high, high)):
+            out = np.zeros((6, 6))  # (8 + 5) // 2, (7 + 5) // 2
+            for y, x, i, j in np.ndindex(6, 6, 6, 6):  # every other value of a convolution, zeros outside
+                u, v = 2 * y + 1 - i, 2 * x + 1 - j
+                if 0 <= u < 8 and 0 <= v < 7:
+                    out[y, x] += f[i] * g[j] * image[u, v]
+            rows.append(out)
+        bands.append(rows)
+    x, y = (torch.tensor(part, dtype=torch.float32)[None] for part in (a, b))
+    got = cud_imagenet64.details((x - y) / 2)
+    expected = torch.tensor(np.array(bands), dtype=torch.float32).view(1, 6, 6, 6)
+    assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    largest = np.sort(abs(np.array(bands)).ravel())[::-1][:43]  # a fifth of 216
+    assert cud_imagenet64.wavelet_loss(x, y).tolist() == pytest.approx([largest.mean()], rel=1e-4)
+
+
+def test_imagenet_loss_is_the_sum_of_its_terms():
+    args = cud_imagenet64.parse_args(shlex.split("--data x --rk-order 2 --wavelet-weight 3"))
+    network, ema, labels = small_adm(heads=2), small_adm(), torch.tensor([0, 4, 2])
+    x, noise = torch.randn(2, 3, 3, 16, 16)
+    t, h = torch.tensor([0.1, 0.5, 0.9]), torch.full((3,), 0.05)
+    loss, log = cud_imagenet64.CatchUp(network, ema.velocity, args)(x, noise, t, h, 0.5, labels)
+
+    def each(i):
+        """The loss of sample i by itself."""
+        one, label = slice(i, i + 1), labels[i:i + 1]
+        catchup, truth = cud_mnist.catch_up_loss(
+            lambda x, t: network(x, t, label), x[one], noise[one], t[one], h[one], 2,
+            target=lambda x, t: ema.velocity(x, t, label))
+        x_t = t[i] * noise[one] + (1 - t[i]) * x[one]
+        x0_hat = x_t - t[i] * network.velocity(x_t, t[one], label)
+        return catchup, truth, cud_imagenet64.wavelet_loss(x0_hat, x[one])
+    terms = torch.cat([torch.stack(each(i)) for i in range(3)], 1)
+    assert_close(log[0, 1:4] / log[1, 1:4], terms.mean(1), rtol=1e-4, atol=1e-5)
+    assert_close(loss, (terms[0] + terms[1] + 3 * terms[2]).mean(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def imagenet():
+    """Twelve random 64x64 images of four classes in each form that users have them."""
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (12, 3, 64, 64), np.uint8), np.arange(12) % 4
+    for folder in ("npz", "npz-zips"):
+        Path(folder).mkdir()
+    order = np.argsort(labels, kind="stable")  # pictures come by class and name
+    with zipfile.ZipFile("pictures.zip", "w") as archive:
+        for i, (image, label) in enumerate(zip(images, labels)):
+            path = Path(f"pictures/train/n0{label}/{i:02}.PNG")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.transpose(1, 2, 0)).save(path)
+            archive.write(path)
+    Image.new("RGB", (64, 64)).save("pictures/odd.txt", "PNG")  # no picture by its name
+    for part, (number, rows) in enumerate(((2, order[:5]), (10, order[5:])), 1):  # 10 comes after 2
+        path = Path(f"npz/train_data_batch_{number}.npz")
+        np.savez(path, data=images[rows].reshape(-1, 12288), labels=(labels[rows] + 1).tolist())
+        with zipfile.ZipFile(f"npz-zips/Imagenet64_train_part{part}_npz.zip", "w") as archive:
+            archive.write(path, f"some/{path.name}")
+    return images[order], labels[order]
+
+
+@pytest.mark.parametrize("form", ["npz", "npz-zips", "pictures", "pictures.zip"])
+def test_every_form_of_imagenet_gives_the_same_arrays(form, imagenet, capsys):
+    args = cud_imagenet64.parse_args(["--data", form, "--cache", "cache"])
+    for _ in range(2):  # read, then found
+        images, labels, kind, classes = cud_imagenet64.load_data(args)
+        assert np.array_equal(images, imagenet[0]) and labels.tolist() == imagenet[1].tolist()
+    said = "npz images, downsampled by their authors" if "npz" in form else "pictures, box-halved and bicubic"
+    assert kind == f"{said} in {form}" and f"12 {said}, 0 skipped; 4 classes: 0 " in capsys.readouterr().out
+    assert classes == (list("1234") if "npz" in form else ["n00", "n01", "n02", "n03"])
+    assert np.load("cache/images.npy").shape == (12, 3, 64, 64)
+    with pytest.raises(common.InputError, match="--cache cache holds .*give another"):
+        cud_imagenet64.load_data(cud_imagenet64.parse_args(["--data", "elsewhere", "--cache", "cache"]))
+
+
+def test_pictures_are_halved_and_cropped():
+    pixels = np.random.default_rng(0).integers(0, 256, (256, 320, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    halved = pixels.astype(float)
+    for _ in range(2):
+        h, w = halved.shape[0] // 2, halved.shape[1] // 2
+        halved = halved.reshape(h, 2, w, 2, 3).mean((1, 3))
+    expected = halved[:, 8:72].transpose(2, 0, 1)  # 64 x 80: the middle
+    error = cud_imagenet64.shrink(file.getvalue()) - expected
+    assert abs(error).max() <= 2 and abs(error).mean() < 0.6  # Pillow rounds to 8 bits four times
+    small = io.BytesIO()
+    Image.new("L", (40, 100), 77).save(small, "PNG")  # enlarged
+    assert (cud_imagenet64.shrink(small.getvalue()) == 77).all()
+
+
+def test_bad_pictures_are_named_counted_and_skipped(imagenet, monkeypatch, capsys):
+    noise = np.random.default_rng(1).integers(0, 256, (90, 90, 3), np.uint8)
+    Image.fromarray(noise).save("pictures/train/n01/cut.jpg")
+    whole = Path("pictures/train/n01/cut.jpg").read_bytes()
+    Path("pictures/train/n01/cut.jpg").write_bytes(whole[:len(whole) // 2])
+    Image.fromarray(noise).resize((400, 300)).save("pictures/train/n02/bomb.jpg")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
+    args = cud_imagenet64.parse_args(["--data", "pictures", "--cache", "cache"])
+    images, labels, _, _ = cud_imagenet64.load_data(args)
+    assert np.array_equal(images, imagenet[0]) and labels.tolist() == imagenet[1].tolist()
+    out = capsys.readouterr().out
+    assert "12 pictures" in out and "2 skipped" in out
+    assert "skipped train/n01/cut.jpg: image file is truncated" in out
+    assert "skipped train/n02/bomb.jpg: 400x300 pixels are refused" in out
+    for path in Path("pictures").rglob("*.PNG"):
+        path.unlink()
+    args.cache = "none"
+    with pytest.raises(common.InputError, match="none of the pictures in .* can be used, as train/n0"):
+        cud_imagenet64.load_data(args)
+    assert not list(Path("none").iterdir())
+
+
+def test_a_preparation_killed_and_started_again_gives_the_same_file():
+    for i in range(40):
+        path = Path(f"pictures/class{i % 3}/{i}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (70, 80), (i, 2 * i, 3 * i)).save(path)
+    code = "import sys, time, cud_imagenet64 as script; shrink = script.shrink; " \
+           "script.shrink = lambda content: time.sleep(0.2) or shrink(content); sys.exit(script.main())"
+    command = [sys.executable, "-c", code, *shlex.split("--data pictures --prepare --cache killed")]
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(HERE)})
+    wait_for(process, lambda: list(Path().glob("killed/.images.npy.*")))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert [path.name[:12] for path in Path("killed").iterdir()] == [".images.npy."]  # none passes for whole
+    for cache in ("killed", "whole"):
+        assert cud_imagenet64.main(["--data", "pictures", "--prepare", "--cache", cache]) == 0
+        assert sorted(os.listdir(cache)) == ["about.json", "images.npy", "labels.npy"]
+    for name in ("images.npy", "labels.npy", "about.json"):
+        assert Path("killed", name).read_bytes() == Path("whole", name).read_bytes()
+    assert np.load("whole/images.npy").shape == (40, 3, 64, 64) and not Path("runs").exists()
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="no real ImageNet pictures beside the project")
+def test_real_imagenet_pictures():
+    args = cud_imagenet64.parse_args(["--data", str(REAL / "imagenet-sample")])
+    images, labels, kind, classes = cud_imagenet64.load_data(args)
+    assert images.shape == (41, 3, 64, 64)
+    assert len(classes) == int(labels.max()) + 1 and classes[0] == "n01440764"
+    assert 100 < images.float().mean() < 140
+
+
+ADM = shlex.split("--data glyphs --channels 8 --multipliers 1 2 --attention 32 --blocks 1 --batch-size 4 "
+                  "--dropout 0 --no-flip --lr 3e-3 --ema-decay 0.9 --fid-samples 0 --steps 2")
+
+
+def test_accumulation_and_two_ranks_equal_one(capsys):
+    flags = [*ADM, *shlex.split("--rk-order 2 --iterations 8 --save-samples 12")]
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    runs = {"one": ("1", ()), "parts": ("2", ()), "ranks": ("2", launcher)}
+    for name, (parts, launched) in runs.items():
+        process = start(*flags, "--run-dir", name, "--accumulate", parts, launcher=launched,
+                        script="cud_imagenet64")
+        assert process.wait() == 0, process.communicate()
+    rows, samples, gradients = {}, {}, {}
+    for name in runs:
+        rows[name] = [[float(cell or 0) for cell in row] for row in table(f"{name}/metrics.csv")[1:]]
+        samples[name] = np.load(f"{name}/samples.npz")["arr_0"].astype(int)
+        state = torch.load(f"{name}/checkpoint.pt")["optimizer"]["state"]
+        gradients[name] = torch.cat([part["exp_avg"].flatten() for part in state.values()])
+    for name in ("parts", "ranks"):
+        np.testing.assert_allclose(rows[name], rows["one"], rtol=1e-3)
+        size = gradients["one"].abs().max().item()
+        assert_close(gradients[name], gradients["one"], rtol=1e-2, atol=1e-3 * size)
+        assert abs(samples[name] - samples["one"]).max() <= 2 and samples["one"].std() > 10
+
+
+def test_quick_imagenet_is_continued_evaluated_and_sampled_by_class(monkeypatch, capsys):
+    monkeypatch.setattr(cud_imagenet64, "SAMPLE_BATCH", 60)  # several batches
+    flags = shlex.split("--quick --channels 4 --multipliers 1 2 --attention 32 --batch-size 4 --steps 1 2 "
+                        "--fid-samples 250")
+    assert cud_imagenet64.main([*flags, "--iterations", "4"]) == 0
+    assert cud_imagenet64.main([*flags, "--iterations", "8"]) == 0
+    out, folder = capsys.readouterr().out, Path("runs/imagenet64-quick")
+    assert "iterations 4 to 8" in out and "right class" in out
+    assert "250 samples of drawn classes against 600 drawn digits" in out
+    assert Image.open(folder / "samples_model_euler2.png").size == (8 * 132, 10 * 132)
+    results = json.loads((folder / "results.json").read_text())
+    assert [(r["steps"], r["images_seen"]) for r in results] == [(1, 16), (2, 16), (1, 32), (2, 32)]
+    assert all(0 < r["floor"] < r["value"] and 0 <= r["right_class"] <= 1 for r in results)
+    more = shlex.split("--iterations 8 --fid-samples 0 --classes 7 3 --save-samples 9")
+    assert cud_imagenet64.main([*flags, *more]) == 0
+    with np.load(folder / "samples.npz") as file:
+        assert file["arr_0"].shape == (9, 64, 64, 3) and file["arr_1"].tolist() == [7, 3, 7, 3, 7, 3, 7, 3, 7]
+    assert Image.open(folder / "samples_model_euler2.png").size == (8 * 132, 2 * 132)
+    assert cud_imagenet64.main([*flags, "--iterations", "8", "--classes", "7", "10"]) == 2
+    assert "--classes: 10 is not among the 10 classes, 0 to 9" in capsys.readouterr().err
+
+
+def test_labels_reach_the_samples_of_every_batch(monkeypatch):
+    class Colour:  # dx/dt = z - label / 10: one Euler step ends there
+        @staticmethod
+        def velocity(x, t, labels):
+            return x - labels.view(-1, 1, 1, 1) / 10
+    monkeypatch.setattr(cud_imagenet64, "SAMPLE_BATCH", 4)
+    args, labels = cud_imagenet64.parse_args(["--data", "x"]), torch.arange(10)
+    images, *_ = cud_imagenet64.sample(Colour, labels, "euler", 1, args, torch.device("cpu"))
+    assert torch.equal(images, common.to_uint8(labels / 10).view(10, 1, 1, 1).expand(10, 3, 64, 64))
+    drawn = cud_imagenet64.drawn_labels(5_000, args, 10).bincount()
+    assert len(drawn) == 10 and drawn.min() > 400
+
+
+def test_the_classifier_agrees_with_the_classes_of_real_images():
+    images, labels = common.glyphs(600, (3, 64, 64))
+    cud_imagenet64.classifier_features(images, labels, torch.device("cpu"), "key")
+    assert cud_imagenet64.agreement(images, labels, "key", torch.device("cpu")) > 0.95
+    assert cud_imagenet64.agreement(images, (labels + 1) % 10, "key", torch.device("cpu")) < 0.05
+
+
+def test_missing_imagenet_says_what_to_fetch(capsys):
+    assert cud_imagenet64.main([]) == 2
+    err = capsys.readouterr().err
+    for part in ("image-net.org", "Imagenet64_train_part1_npz.zip", "train/n01440764/*.JPEG"):
+        assert part in err
+    assert cud_imagenet64.main(["--data", "nowhere"]) == 2 and not list(Path().iterdir())
+    assert "nowhere is neither a folder nor a .zip" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------- bad input
@@ -927,6 +1217,18 @@ def test_cifar10_differs_from_mnist_in_what_it_must_alone():
     assert {name for name in mnist if mnist[name] != cifar[name]} == CONFIGURATION | ADDED_TO
     for name in ADDED_TO:
         assert not [line for line in difflib.ndiff(mnist[name], cifar[name]) if line.startswith("- ")], name
+
+
+def test_imagenet_differs_from_cifar10_in_what_it_must_alone():
+    cifar, imagenet = statements(cud_cifar10), statements(cud_imagenet64)
+    both = [name for name in cifar if name in imagenet]
+    assert [name for name in imagenet if name in cifar] == both
+    assert {name for name in both if cifar[name] != imagenet[name]} == CONFIGURATION - {"DATA"} | {
+        "SAMPLE_BATCH", "FEATURES", "NOT_TRAINING", "parse_args", "CatchUp", "conv", "norm", "Block", "UNet",
+        "sample", "Classifier", "classifier_features", "evaluate", "train", "main"}
+    one_step = {"OneStep", "one_step_pairs", "train_one_step"}
+    assert {name for name in cifar.keys() - imagenet.keys() if not name.startswith(("import", "from"))} \
+        == one_step | {"init", "DATA", "STATISTICS", "precomputed"}
 
 
 # ---------------------------------------------------------------------------------------------------- README

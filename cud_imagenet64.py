@@ -1,0 +1,910 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch", "numpy", "pillow", "clean-fid"]
+# ///
+"""Catch-Up Distillation (CUD) on ImageNet 64x64 by class: train a flow model once, sample it in few steps.
+
+A flow model learns the velocity that carries noise to data. CUD also lets it catch up with itself: its output
+at time t is pulled towards its own output a little further along its own trajectory, which a Runge-Kutta step
+finds. The trajectories become straight, so few steps suffice, without a teacher or a second training.
+
+    x, z          data in [-1, 1] and noise, [B, C, H, W]
+    t in [0, 1]   time: t = 0 is data, t = 1 is noise
+    x_t           t z + (1 - t) x
+    u             dx_t/dt = z - x, the true velocity
+    v_1 .. v_k    the network's heads at (x_t, t); k = --rk-order; sampling integrates v_1
+    h             the step, drawn for each sample
+    k_i           the Runge-Kutta stages: v_1 at time t - (i - 1) h
+    X_j           x_t - h sum_i b_i(j) k_i: the trajectory's point at time t - j h, j = 1 .. k
+    y_j           v_1(X_j, t - j h) without gradient; u where t - k h would pass the data
+
+    loss = w_1 sum_j |v_j - y_j|^2  +  w_2 sum_j |v_j - u|^2  +  w_3 |detail(x_t - t v_1) - detail(x)|_1
+           catch up with itself        stay true to the data     the largest fifth of wavelet differences
+
+The network is told the class of x; z is drawn without an encoder, and there is no one-step stage.
+
+    python cud_imagenet64.py --quick                              a tour on a CPU in ten minutes, no download
+    torchrun --nproc-per-node 8 cud_imagenet64.py --data FOLDER   the paper's recipe on eight GPUs: README
+    python cud_imagenet64.py --data FOLDER --classes 207 360      evaluates the run; pictures of two classes
+
+MEASURED
+
+Paper: "Catch-Up Distillation: You Only Need to Train Once for Accelerating Sampling", arXiv 2305.10769.
+"""
+import argparse
+import functools
+import hashlib
+import io
+import itertools
+import json
+import os
+import platform
+import re
+import sys
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.flop_counter import FlopCounterMode
+
+import common
+from common import InputError, all_reduce, number, progress, rank, world
+
+# --------------------------------------------------------------------------------------------- configuration
+
+IMAGE = (3, 64, 64)  # channels, height, width
+EPS = 1e-5  # training stays this far from t = 0
+LOG_EVERY = 100  # iterations to a row of metrics.csv
+SAMPLE_BATCH = 250  # images; noise is drawn by the batch, so samples do not depend on the number of ranks
+FEATURES = {"inception": 2048, "classifier": 240}  # dimensions
+CACHE = Path("data/cache")  # reference statistics and classifiers, named by the images they come from
+DATA_HELP = "folder of ImageNet's 64x64 npz files or their zips, folder or .zip of pictures, or 'glyphs'"
+WANTED = (
+    "--data is needed: ImageNet cannot be downloaded without an account at image-net.org. Fetch its 64x64 "
+    "version, Imagenet64_train_part1_npz.zip and Imagenet64_train_part2_npz.zip, and give their folder; or "
+    "ILSVRC2012's training pictures, and give the folder that holds train/n01440764/*.JPEG and so on")
+DB3 = (  # Daubechies' low-pass filter with three vanishing moments
+    0.035226291882100656, -0.08544127388224149, -0.13501102001039084, 0.4598775021193313, 0.8068915093133388,
+    0.3326705529509569)
+PAPER = dict(
+    run_dir="runs/imagenet64", channels=192, multipliers=[1, 2, 3, 4], blocks=3, attention=[32, 16, 8],
+    dropout=0.1, iterations=500_000, batch_size=1_024, lr=4e-4, warmup=0, ema_decay=0.9999432189950708,
+    flip=True)
+QUICK = dict(
+    run_dir="runs/imagenet64-quick", data="glyphs", channels=8, multipliers=[1, 2, 4, 8], blocks=1,
+    attention=[16, 8], dropout=0.0, iterations=1_400, batch_size=16, lr=2e-3, ema_decay=0.995, flip=False,
+    checkpoint_every=700, steps=[1, 4, 15], features="classifier", fid_samples=500)
+NOT_TRAINING = set(  # flags that may change when a run is continued
+    "quick run_dir device cache prepare classes amp compile accumulate checkpoint_every steps solver "
+    "tolerance fid_samples fid_mode features save_samples iterations".split())
+
+
+def load_data(args):
+    """Images uint8 [N, C, H, W], left on the disk; labels int64 [N]; what they are; names of the classes."""
+    if args.data == "glyphs":
+        return *common.glyphs(4_000, IMAGE), "drawn digits", list("0123456789")
+    about, images, labels = read_once(args.data, args.cache)
+    return images, labels, f"{about['kind']} in {args.data}", about["classes"]
+
+
+def parse_args(argv=None):
+    """The flags; InputError where one of them, or a combination, cannot be used."""
+    parser = common.Parser(__doc__)
+    count, share = number(int, 1), number(float, 0, below=1)
+
+    flag = parser.add_argument_group("run").add_argument
+    flag("--quick", action="store_true", help="drawn digits, small network and budget: all code in minutes")
+    flag("--data", help=DATA_HELP)
+    flag("--cache", default="data/imagenet64", help="where they are kept once read, 12 kB an image")
+    flag("--prepare", action="store_true", help="read --data into --cache and stop: before many ranks start")
+    flag("--run-dir", help="the run's folder; one that holds a checkpoint is continued")
+    flag("--device", help="cpu, cuda, cuda:1, ...; unset: a GPU if there is one")
+    flag("--seed", type=number(int, 0), default=0, help="of weights, training draws and samples")
+    flag("--checkpoint-every", type=count, default=5_000, help="iterations; a sample grid comes with each")
+
+    flag = parser.add_argument_group("method").add_argument
+    flag("--rk-order", type=int, choices=range(4), default=1, help="k (RK12, RK23, RK34); 0: rectified flow")
+    flag("--rk-points", choices=list(POINTS), default="published",
+         help="b(j): the paper's, or dense output, whose later points are more accurate at no cost")
+    flag("--step-rule", choices=list(STEP_RULES), default="uniform",
+         help="the step h: drawn from U(0, 1/N), or t/N, or 1/N")
+    flag("--intervals", type=count, default=16, help="N of the step rule")
+    flag("--target", choices=["online", "ema"], default="online",
+         help="network that makes y_j: itself, dropout on (released code), or its EMA (the paper's figure)")
+    flag("--loss-ramp", action="store_true", help="w_1 = 2 i/I, w_2 = 2 (1 - i/I) at iteration i; else 1")
+    flag("--wavelet-weight", type=number(float, 0), default=1.0, help="w_3, of differences in fine detail")
+    flag("--skip-phi", type=number(float, above=0, below=1), default=0.75,
+         help="phi: UNet skips weigh 2 (1 - phi) at t = 0 and 2 phi at t = 1; 0.5 turns that off")
+
+    flag = parser.add_argument_group("training").add_argument
+    flag("--iterations", type=count, help="I; may grow when a run is continued")
+    flag("--batch-size", type=count, help="images an iteration, over all ranks")
+    flag("--accumulate", type=count, default=1,
+         help="split a rank's batch into this many parts, to save memory")
+    flag("--lr", type=number(float, above=0), help="Adam's learning rate")
+    flag("--warmup", type=number(int, 0), help="iterations of linear warm-up, at most a tenth of all")
+    flag("--ema-decay", type=share, help="an iteration, at most (1 + i)/(10 + i), for the sake of short runs")
+    flag("--dropout", type=share, help="probability, in every residual block")
+    flag("--flip", action=argparse.BooleanOptionalAction, help="mirror every other image, at random")
+    flag("--amp", choices=["auto", "on", "off"], default="auto", help="bfloat16; auto: on GPUs that have it")
+    flag("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile; auto: on CUDA")
+
+    flag = parser.add_argument_group("network").add_argument
+    flag("--channels", type=number(int, 4), help="c, the unit of width")
+    flag("--multipliers", type=count, nargs="+", help="of c, one a level; each further level halves the size")
+    flag("--blocks", type=count, help="residual blocks a level")
+    flag("--attention", type=count, nargs="+", help="sizes, in pixels, of the levels with attention")
+
+    flag = parser.add_argument_group("evaluation").add_argument
+    flag("--steps", type=count, nargs="+", default=[15], help="network evaluations (NFE) an image")
+    flag("--solver", choices=list(common.SOLVERS), default="euler", help="heun takes odd --steps")
+    flag("--tolerance", type=number(float, above=0), default=1e-4, help="of dopri5, which ignores --steps")
+    flag("--fid-samples", type=number(int, 0), default=50_000, help="images; fewer make no FID; 0: none")
+    flag("--fid-mode", choices=["legacy_tensorflow", "clean"], default="legacy_tensorflow",
+         help="of clean-fid; legacy_tensorflow compares with published figures")
+    flag("--features", choices=list(FEATURES), default="inception",
+         help="of the Frechet distance; a classifier of the data says more of digits and downloads nothing")
+    flag("--save-samples", type=count, help="images to write to samples.npz, at the last of --steps")
+    flag("--classes", type=number(int, 0), nargs="+",
+         help="by number, of the grids and of samples.npz; unset: the first ten in grids, any in samples.npz")
+
+    parser.set_defaults(**PAPER)
+    if parser.parse_args(argv).quick:
+        parser.set_defaults(**QUICK)  # a flag given explicitly still wins
+    args = parser.parse_args(argv)
+    if args.data is None:
+        parser.error(WANTED)
+    if args.solver == "heun" and any(steps % 2 == 0 for steps in args.steps):
+        parser.error("--solver heun takes odd --steps: two evaluations an interval, one in the last")
+    if 0 < args.fid_samples <= FEATURES[args.features]:
+        parser.error(f"--fid-samples: the covariance of {FEATURES[args.features]} {args.features} features "
+                     "needs more images than that (0: no distance)")
+    if args.batch_size % (world() * args.accumulate):
+        parser.error(f"--batch-size {args.batch_size} is not divisible by the {world()} ranks"
+                     + f" x --accumulate {args.accumulate}" * (args.accumulate > 1))
+    return args
+
+
+# ------------------------------------------------------------------------------------------------ the method
+
+# "stages": how stages 2 and 3 mix the slopes before them; "b": how the point at t - j h mixes all k of them.
+POINTS = {
+    "published": {
+        "stages": [(1,), (7/4, 1/4)],
+        "b": [lambda j: (j,), lambda j: (j/2, j/2), lambda j: (5*j/12, 2*j/3, -j/12)]},
+    "dense": {  # over the span k h: Euler, explicit midpoint, Heun's third order; dense output inside
+        "stages": [(1,), (0, 2)],
+        "b": [lambda j: (j,), lambda j: (j - j**2/2, j**2/2),
+              lambda j: (j - 3*j**2/4 + j**3/6, j**2 - j**3/3, j**3/6 - j**2/4)]}}
+STEP_RULES = {  # h from t [B], N and uniform draws [B] (the paper's design space, continuous time)
+    "uniform": lambda t, n, uniform: uniform / n,
+    "proportional": lambda t, n, uniform: t / n,
+    "constant": lambda t, n, uniform: torch.full_like(t, 1 / n)}
+
+
+@torch.no_grad()
+def catch_up_points(velocity, x_t, t, h, k_1, order, points="published"):
+    """The next `order` points of the trajectory through x_t, by one Runge-Kutta step.
+
+    velocity: callable (x [B, ...], t [B]) -> [B, ...], called order - 1 times; k_1: its value at (x_t, t);
+    h [B] >= 0. Returns X [order, B, ...], X[j - 1] at time t - j h, and these times [order, B], at least EPS.
+    """
+    def move(weights, slopes):
+        return x_t - h.view(-1, *[1] * (x_t.dim() - 1)) * sum(w * k for w, k in zip(weights, slopes))
+
+    slopes, method, steps = [k_1], POINTS[points], range(1, order + 1)
+    for i in range(1, order):
+        slopes.append(velocity(move(method["stages"][i - 1], slopes), (t - i * h).clamp(min=EPS)))
+    return (torch.stack([move(method["b"][order - 1](j), slopes) for j in steps]),
+            torch.stack([(t - j * h).clamp(min=EPS) for j in steps]))
+
+
+def catch_up_loss(network, x, z, t, h, order=1, points="published", velocity=None, target=None):
+    """L_catchup, L_truth, each [B]: squared errors, averaged over a sample's dimensions, summed over heads.
+
+    network: callable (x_t [B, ...], t [B]) -> v_1 .. v_k [max(order, 1), B, ...]; x data, z noise [B, ...].
+    velocity: makes the stages, by default v_1 of `network`; target: makes the y_j, by default `velocity`.
+    """
+    velocity = velocity or (lambda x, t: network(x, t)[0])
+    expand = (-1, *[1] * (x.dim() - 1))
+    x_t, u = t.view(expand) * z + (1 - t.view(expand)) * x, z - x
+    v = network(x_t, t)  # the one evaluation with gradient
+    truth = (v - u).square().flatten(2).mean(2).sum(0)  # its gradient reaches an encoder through u as well
+    if order == 0:
+        return torch.zeros_like(truth), truth
+    with torch.no_grad():  # the output moves towards the target, never the target towards the output
+        where, when = catch_up_points(velocity, x_t, t, h, v[0], order, points)
+        y = (target or velocity)(where.flatten(0, 1), when.flatten()).view_as(v)  # one batch of k B
+        y = torch.where((t - order * h < EPS).view(expand), u, y)
+    return (v - y).square().flatten(2).mean(2).sum(0), truth
+
+
+@functools.cache
+def detail_filters(device):
+    """The filters of `details`, [3, 1, 6, 6]: low- and high-pass, high- and low-pass, high-pass twice."""
+    low = torch.tensor(DB3)
+    high = low.flip(0) * torch.tensor([-1, 1, -1, 1, -1, 1])
+    bands = [torch.outer(a, b).flip(0, 1) for a, b in ((low, high), (high, low), (high, high))]
+    return torch.stack(bands)[:, None].to(device)
+
+
+def details(x):
+    """The three detail bands of the finest level of a db3 transform with zero padding, as convolution:
+    [B, C, H, W] -> [B, 3 C, H', W'], H' = floor((H + 5) / 2); linear in x."""
+    filters = detail_filters(x.device).repeat(x.shape[1], 1, 1, 1)
+    return F.conv2d(F.pad(x, (4, 5, 4, 5)), filters, stride=2, groups=x.shape[1])
+
+
+def wavelet_loss(x0_hat, x):
+    """Mean of the largest fifth of |differences in detail|, images scaled to [0, 1]: [B, C, H, W] -> [B]."""
+    differences = details((x0_hat - x) / 2).abs().flatten(1)
+    return differences.topk(differences.shape[1] // 5).values.mean(1)
+
+
+class CatchUp(nn.Module):
+    """The training loss as a module of what it trains, the network."""
+
+    columns = "loss catchup truth wavelet loss_t_0_25 loss_t_25_50 loss_t_50_75 loss_t_75_100".split()
+
+    def __init__(self, network, target, args):
+        super().__init__()
+        self.network, self.target, self.args = network, target, args
+
+    def forward(self, x, noise, t, h, done, labels):
+        """x, noise [B, C, H, W]; t, h, labels [B]; done i/I. Mean loss; sums, counts [2, columns] to log."""
+        args, x0_hat, target = self.args, [], self.target or self.network.velocity
+
+        def network(x_t, t):
+            v = self.network(x_t, t, labels)
+            x0_hat.append(x_t - t.view(-1, 1, 1, 1) * v[0])
+            return v
+
+        catchup, truth = catch_up_loss(network, x, noise, t, h, args.rk_order, args.rk_points,
+                                       lambda x, t: self.network.velocity(x, t, labels),
+                                       lambda x, t: target(x, t, labels))
+        wavelet = wavelet_loss(x0_hat[0], x)
+        w_1, w_2 = (2 * done, 2 * (1 - done)) if args.loss_ramp else (1, 1)
+        loss = w_1 * catchup + w_2 * truth + args.wavelet_weight * wavelet
+        with torch.no_grad():
+            quarters = F.one_hot((4 * t).long().clamp(max=3), 4).to(t.dtype)  # [B, 4]
+            sums = torch.cat([torch.stack([loss, catchup, truth, wavelet]).sum(1), loss @ quarters])
+            counts = torch.cat([torch.full_like(sums[:4], len(t)), quarters.sum(0)])
+        return loss.mean(), torch.stack([sums, counts])
+
+
+# --------------------------------------------------------------------------------------------------- network
+
+
+def zero(layer):
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def conv(c_in, c_out, size):
+    return nn.Conv2d(c_in, c_out, size, padding=size // 2)
+
+
+def norm(channels):
+    groups = min(32, channels // 4)
+    if channels % 2 or channels % groups:
+        raise InputError(f"--channels, --multipliers: {channels} channels do not divide into {groups} groups")
+    return nn.GroupNorm(groups, channels, eps=1e-5)
+
+
+class Block(nn.Module):
+    """Residual block that an embedding scales and shifts; resample: None, "down", "up"; attention last."""
+
+    def __init__(self, c_in, c_out, c_emb, dropout, resample=None, attention=False):
+        super().__init__()
+        self.resize = {"down": nn.AvgPool2d(2), "up": nn.Upsample(None, 2), None: nn.Identity()}[resample]
+        self.norm1, self.conv1, self.emb = norm(c_in), conv(c_in, c_out, 3), nn.Linear(c_emb, 2 * c_out)
+        self.norm2, self.conv2, self.dropout = norm(c_out), zero(conv(c_out, c_out, 3)), nn.Dropout(dropout)
+        self.skip = conv(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.attention = attention
+        if attention:
+            self.norm3, self.qkv = norm(c_out), conv(c_out, 3 * c_out, 1)
+            self.proj = zero(conv(c_out, c_out, 1))
+
+    def forward(self, x, emb):
+        h = self.conv1(self.resize(F.silu(self.norm1(x))))
+        scale, shift = self.emb(emb)[:, :, None, None].chunk(2, 1)
+        h = self.conv2(self.dropout(F.silu(self.norm2(h) * (1 + scale) + shift)))
+        x = h + self.skip(self.resize(x))
+        if not self.attention:
+            return x
+        qkv = self.qkv(self.norm3(x)).flatten(2).mT  # [B, H W, 3 C], to heads of 64 channels or one of all
+        q, k, v = qkv.unflatten(2, (3, max(1, x.shape[1] // 64), -1)).permute(2, 0, 3, 1, 4)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).mT.reshape_as(x)
+        return x + self.proj(h)
+
+
+class UNet(nn.Module):
+    """ADM UNet (Dhariwal & Nichol 2021) of `classes` classes with `heads` velocity heads.
+
+    image: (C, H, W); attention: the sizes H that have it; skip_phi: phi of the time-dependent skips.
+    """
+
+    def __init__(self, image, channels, multipliers, blocks, attention, dropout, classes, heads=1,
+                 skip_phi=0.75):
+        self.config = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
+        super().__init__()
+        if image[1] % 2 ** (len(multipliers) - 1):
+            raise InputError(f"--multipliers: {image[1]} px cannot be halved {len(multipliers) - 1} times")
+        self.channels, self.skip_phi, self.amp = channels, skip_phi, False
+        c, emb, size = channels, 4 * channels, image[1]
+        self.embed = nn.Sequential(nn.Linear(c, emb), nn.SiLU(), nn.Linear(emb, emb))
+        self.embed_class = nn.Embedding(classes, emb)
+        self.first, skips = conv(image[0], c, 3), [c]
+        self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
+        for level, multiplier in enumerate(multipliers):
+            if level:
+                size //= 2
+                self.encoder.append(Block(c, c, emb, dropout, "down"))
+                skips.append(c)
+            for _ in range(blocks):
+                self.encoder.append(Block(c, channels * multiplier, emb, dropout,
+                                          attention=size in attention))
+                c = channels * multiplier
+                skips.append(c)
+        self.bottom = nn.ModuleList([Block(c, c, emb, dropout, attention=True), Block(c, c, emb, dropout)])
+        for level, multiplier in reversed(list(enumerate(multipliers))):
+            if level < len(multipliers) - 1:
+                size *= 2
+                self.decoder.append(Block(c, c, emb, dropout, "up"))
+            for _ in range(blocks + 1):
+                self.decoder.append(Block(c + skips.pop(), channels * multiplier, emb, dropout,
+                                          attention=size in attention))
+                c = channels * multiplier
+        self.heads = nn.ModuleList(nn.Sequential(norm(c), nn.SiLU(), zero(conv(c, image[0], 3)))
+                                   for _ in range(heads))
+
+    def forward(self, x, t, labels, heads=None):
+        """x [B, C, H, W], t [B], labels [B], or [B / k] for k batches of the same classes one after the other
+        -> the first `heads` heads (or all), float32 [heads, B, C, H, W]."""
+        half = self.channels // 2
+        angle = t[:, None] * 10_000 ** (-torch.arange(half, device=t.device) / half)
+        emb = self.embed(torch.cat([angle.cos(), angle.sin()], 1))  # float32: bfloat16 resolves t to 0.004
+        emb = F.silu(emb + self.embed_class(labels.repeat(len(x) // len(labels))))
+        p = (t * (1 - 2 * self.skip_phi) + self.skip_phi).view(-1, 1, 1, 1)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
+            h = self.first(x)
+            skips = [h]
+            for block in self.encoder:
+                h = block(h, emb)
+                skips.append(h)
+            for block in self.bottom:
+                h = block(h, emb)
+            for block in self.decoder:
+                up = isinstance(block.resize, nn.Upsample)
+                h = block(h if up else torch.cat([2 * p * h, 2 * (1 - p) * skips.pop()], 1), emb)
+            return torch.stack([head(h).float() for head in self.heads[:heads]])
+
+    def velocity(self, x, t, labels):
+        """v_1 alone, what sampling integrates: x [B, C, H, W], t [B], labels [B] -> [B, C, H, W]."""
+        return self(x, t, labels, heads=1)[0]
+
+
+def load_model(path, device="cpu"):
+    """The network that a run has saved, in evaluation mode."""
+    saved = common.load_pt(path, ["model", "args"])
+    network = UNet(**saved["args"])
+    network.load_state_dict(saved["model"])
+    return network.to(device).eval().requires_grad_(False)
+
+
+# -------------------------------------------------------------------------------------- sampling and figures
+
+
+def seed_of(*key):
+    """A 32-bit seed from non-negative integers (CPU generators use no more bits)."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+def generator(device, *key):
+    return torch.Generator(device).manual_seed(seed_of(*key))
+
+
+def normal(n, device, *key):
+    """Standard normal noise [n, C, H, W], a function of `key` alone."""
+    return torch.randn(n, *IMAGE, device=device, generator=generator(device, *key))
+
+
+@torch.no_grad()
+def sample(network, labels, solver, steps, args, device):
+    """Integrate n draws of N(0, I) to images of classes `labels` [n]. Returns images uint8 [n, C, H, W], mean
+    NFE, straightness (mean squared deviation of v from x_1 - x_0 along the path) and, for this rank's last
+    batch, x0_hat at the points of the path and its end, uint8 [points + 1, B, C, H, W]."""
+    n, size = len(labels), min(len(labels), SAMPLE_BATCH)
+    images, labels = torch.zeros(n, *IMAGE, dtype=torch.uint8, device=device), F.pad(labels, (0, -n % size))
+    sums, x0_hats = torch.zeros(3, device=device), None
+    for i in progress(range(rank(), -(-n // size), world()), f"{solver} {steps}, batches of {size}"):
+        z, path, part = normal(size, device, args.seed, 1, i), [], labels[i * size:(i + 1) * size].to(device)
+        x, nfe = common.SOLVERS[solver](lambda x, t, part=part: network.velocity(x, t, part), z, steps,
+                                        tolerance=args.tolerance, trajectory=path)
+        images[i * size:(i + 1) * size] = common.to_uint8(x)[:n - i * size]
+        bend = torch.stack([(v - (z - x)).square().mean() for _, _, v in path]).mean()
+        sums += torch.stack([torch.ones_like(bend), torch.full_like(bend, nfe), bend])
+        x0_hats = common.to_uint8(torch.stack([x_t - t * v for t, x_t, v in path] + [x]))
+    count, nfe, bend = all_reduce(sums).tolist()
+    return all_reduce(images), nfe / count, bend / count, x0_hats  # each rank filled its own rows of zeros
+
+
+def grid_labels(args, classes):
+    """Eight of each of --classes (the first ten where unset), a row a class: int64 [8 rows]."""
+    rows = torch.tensor(args.classes or range(min(10, classes)))
+    if rows.max() >= classes:
+        raise InputError(f"--classes: {rows.max()} is not among the {classes} classes, 0 to {classes - 1}")
+    return rows.repeat_interleave(8)
+
+
+def drawn_labels(n, args, classes):
+    """n classes, drawn uniformly: int64 [n]."""
+    return torch.randint(classes, (n,), generator=generator("cpu", args.seed, 8))
+
+
+class Classifier(nn.Module):
+    """A small convolutional classifier: x [B, C, H, W] -> pooled activations [B, 16 + ... + 128], logits."""
+
+    def __init__(self, classes):
+        super().__init__()
+        widths = (IMAGE[0], 16, 32, 64, 128)
+        self.stages = nn.ModuleList(nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU())
+                                    for i, o in zip(widths, widths[1:]))
+        self.out = nn.Linear(widths[-1], classes)
+
+    def forward(self, x):
+        pooled = []
+        for stage in self.stages:
+            x = F.max_pool2d(stage(x), 2)
+            pooled.append(x.mean((2, 3)))
+        return torch.cat(pooled, 1), self.out(pooled[-1])
+
+
+def classifier_features(images, labels, device, key):
+    """A function uint8 [B, C, H, W] -> features [B, 240], in units of their deviation over the images, and
+    its name. The classifier is trained on these images once (fixed seed, 400 batches of 128) and cached."""
+    torch.manual_seed(0)
+    network = Classifier(int(labels.max()) + 1).to(device)
+
+    def make():
+        optimizer = torch.optim.Adam(network.parameters(), 2e-3)
+        for _ in progress(range(400), "classifier"):
+            index = torch.randint(len(images), (128,)).to(images.device)
+            x, wanted = images[index].to(device), labels[index].to(device)
+            F.cross_entropy(network(common.to_float(x))[1], wanted).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            network.eval()
+            f = [network(common.to_float(part.to(device)))[0] for part in images.split(SAMPLE_BATCH)]
+        return {"network": network.state_dict(), "scale": torch.cat(f).std(0).clamp(min=1e-3)}
+
+    saved = common.cached(CACHE / f"classifier-{key}.pt", make)
+    network.eval().load_state_dict(saved["network"])
+    digest = hashlib.sha256(b"".join(v.numpy().tobytes() for v in saved["network"].values())).hexdigest()
+    scale = saved["scale"].to(device)
+    return lambda part: network(common.to_float(part.to(device)))[0] / scale, f"classifier-{digest[:8]}"
+
+
+def inception_features(mode, device):
+    """A function uint8 [B, C, H, W] -> clean-fid's Inception features [B, 2048], and its name."""
+    path = Path("." if platform.system() == "Windows" else "/tmp") / "inception-2015-12-05.pt"  # clean-fid's
+    try:  # imported here: clean-fid needs a torchvision that matches torch
+        from cleanfid import downloads_helper, features, resize
+        with common.rank_zero_first():
+            if not path.exists():  # its own download would leave half a file when cut short
+                common.download([downloads_helper.inception_url], path)
+        network = features.build_feature_extractor(mode, device, use_dataparallel=False)
+    except (ImportError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"clean-fid cannot load {path} ({reason}); delete it if it was cut short") from None
+    resizer = resize.build_resizer(mode)
+
+    def extract(images):
+        x = images.to(device).expand(-1, 3, -1, -1).float()
+        if mode == "clean":  # resized image by image in Pillow; legacy_tensorflow resizes inside the network
+            x = np.stack([resizer(image.numpy()).transpose(2, 0, 1) for image in x.permute(0, 2, 3, 1).cpu()])
+            x = torch.from_numpy(x).to(device)
+        return network(x)
+    return extract, f"inception-{mode}"
+
+
+@torch.no_grad()
+def moments(features, images):
+    """Sum of [f 1]^T [f 1] over the images, float64 [D + 1, D + 1]: products, sums and count. They add up."""
+    total = torch.zeros(())
+    for part in progress(images[rank()::world()].split(SAMPLE_BATCH), "features"):
+        f = F.pad(features(part), (0, 1), value=1.0).cpu().double()
+        total = total + f.T @ f
+    return all_reduce(total)
+
+
+def frechet_distance(a, b):
+    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2) of two `moments` (Heusel et al. 2017, sec. 3)."""
+    def mean_and_covariance(m):
+        n, mean = m[-1, -1], m[-1, :-1] / m[-1, -1]
+        return mean, (m[:-1, :-1] - n * torch.outer(mean, mean)) / (n - 1)
+    (mean_a, cov_a), (mean_b, cov_b) = mean_and_covariance(a), mean_and_covariance(b)
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # S_a^1/2, and S_a^1/2 S_b S_a^1/2 is symmetric
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
+
+
+def reference(features, name, images, key, device):
+    """`moments` of the real images and two figures to read others by: the distance between their halves
+    (floor) and that of pure noise. Cached by the images' content (key) and the extractor."""
+    def make():
+        a, b = (moments(features, images[i::2]) for i in range(2))
+        noise = moments(features, common.to_uint8(normal(min(len(images), 5_000), device, 0)))
+        return {"moments": a + b, "source": "their statistics computed here",
+                "floor": frechet_distance(a, b), "noise": frechet_distance(noise, a + b)}
+
+    if len(images) < 2 * FEATURES[name.split("-")[0]]:
+        raise InputError(f"{len(images)} real images are too few for the covariance of {name} features")
+    return common.cached(CACHE / f"reference-{key}-{name}.pt", make)
+
+
+@torch.no_grad()
+def agreement(images, wanted, key, device):
+    """The share of images, uint8 [n, C, H, W], that the classifier of the data sorts into their class."""
+    saved = common.load_pt(CACHE / f"classifier-{key}.pt", ["network"])["network"]
+    network = Classifier(len(saved["out.bias"])).to(device).eval()
+    network.load_state_dict(saved)
+    found = [network(common.to_float(part))[1].argmax(1).cpu() for part in images.split(SAMPLE_BATCH)]
+    return (torch.cat(found) == wanted).float().mean().item()
+
+
+def evaluate(args, network, images, labels, kind, device):
+    """Pictures, samples.npz, table of Frechet distances over drawn classes; kind: what the images are."""
+    run, classes = Path(args.run_dir), network.config["classes"]
+    plan = [None] if args.solver == "dopri5" else args.steps
+    for steps in plan:  # pictures first: whatever happens to the figures, they are there
+        grid, _, _, x0_hats = sample(network, grid_labels(args, classes), args.solver, steps, args, device)
+        common.save_grid(grid, run / f"samples_model_{args.solver}{steps or ''}.png")
+        if rank() == 0 and (steps or max(args.steps)) == max(args.steps):
+            rows = x0_hats[:, ::8][:, :8].transpose(0, 1).flatten(0, 1)  # a sample a row
+            common.save_grid(rows, run / "trajectory.png", columns=len(x0_hats))
+    if args.save_samples:
+        wanted = (drawn_labels(args.save_samples, args, classes) if args.classes is None
+                  else torch.tensor(args.classes).repeat(args.save_samples)[:args.save_samples])
+        part = sample(network, wanted, args.solver, args.steps[-1], args, device)[0]
+        common.save(lambda file: np.savez(file, part.permute(0, 2, 3, 1).cpu().numpy(), wanted.numpy()),
+                    run / "samples.npz")
+    if not args.fid_samples:
+        return common.say(f"pictures are in {run}; no distance, as --fid-samples is 0")
+    try:
+        key = hashlib.sha256(images.numpy()).hexdigest()[:12]
+        features, name = (classifier_features(images, labels, device, key) if args.features == "classifier"
+                          else inception_features(args.fid_mode, device))
+        real = reference(features, name, images, key, device)
+    except InputError as error:
+        raise InputError(f"no distance: {error}. The training and the pictures in {run} are safe, and the "
+                         "same command evaluates later") from None
+    n, seen = args.fid_samples, args.iterations * args.batch_size
+    fid = "FID" if n >= 50_000 else f"FID-{n / 1000:g}k"
+    figure = fid if args.features == "inception" else "FD (classifier)"
+    data = f"{len(images):,} {kind} ({real['source']})"
+    common.say(f"{figure}: {n:,} samples of drawn classes against {data}; {name}; EMA weights; seed "
+               f"{args.seed}; {seen:,} images seen\n"
+               f"{'solver':8}{'NFE':>6}{figure:>18}{'straightness':>14}{'right class':>13}\n"
+               f"{'real, halved':14}{real['floor']:18.3f}\n{'pure noise':14}{real['noise']:18.3f}")
+    results = json.loads((run / "results.json").read_text()) if (run / "results.json").exists() else []
+    for steps in plan:
+        wanted = drawn_labels(n, args, classes)
+        part, nfe, straightness, _ = sample(network, wanted, args.solver, steps, args, device)
+        value = frechet_distance(moments(features, part), real["moments"])
+        share = agreement(part, wanted, key, device) if args.features == "classifier" else None
+        common.say(f"{args.solver:8}{nfe:6.4g}{value:18.3f}{straightness:14.5f}"
+                   + ("" if share is None else f"{share:13.1%}"))
+        row = dict(figure=figure, weights="model EMA", solver=args.solver, steps=steps, n=n, features=name,
+                   tolerance=None if steps else args.tolerance, reference=data, reference_sha256=key,
+                   seed=args.seed, images_seen=seen)
+        results = [old for old in results if any(old.get(k) != row[k] for k in row)]  # measured anew
+        results.append(dict(row, value=value, nfe=nfe, straightness=straightness, floor=real["floor"],
+                            noise=real["noise"], right_class=share, torch=torch.__version__,
+                            device=str(device)))
+        common.save_json(results, run / "results.json")
+
+
+# -------------------------------------------------------------------------------------------------- training
+
+
+def resume(path, parts, iterations, definition):
+    """Load a checkpoint into `parts` {name: module or optimizer}; returns its iteration and sums to log."""
+    saved = common.load_pt(path, [*parts, "iteration", "totals", "definition"])
+    differ = [f"--{key.replace('_', '-')} ({saved['definition'].get(key)} then, {value} now)"
+              for key, value in definition.items() if saved["definition"].get(key) != value]
+    if differ:
+        raise InputError(f"{path} is from other flags: {', '.join(differ)}; give those, another "
+                         "--run-dir, or move the file away to train anew")
+    if saved["iteration"] > iterations:
+        raise InputError(f"{path} is at iteration {saved['iteration']}, past --iterations {iterations}")
+    try:
+        for key, part in parts.items():
+            part.load_state_dict(saved[key])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise InputError(f"{path} holds another network: {str(error).splitlines()[0]}") from None
+    return saved["iteration"], saved["totals"]
+
+
+def fit(args, device, prefix, module, ema, draw, iterations, warmup, definition, pictures):
+    """Train `module` to `iterations`, from its checkpoint where there is one: the loop of both stages.
+
+    module(*draw(i)): the loss of iteration i and what to log of it; module.network: what `ema` follows;
+    definition: the flags that a checkpoint must agree with; pictures(network): uint8 images of the grid.
+    """
+    run, name = Path(args.run_dir), f"{prefix or 'cud_'}training"
+    path, table = run / f"{prefix}checkpoint.pt", run / f"{prefix}metrics.csv"
+    optimizer = torch.optim.Adam([p for p in module.parameters() if p.requires_grad], args.lr,
+                                 fused=device.type in ("cpu", "cuda"))
+    parts = {"module": module, "ema": ema, "optimizer": optimizer}
+    start, totals = resume(path, parts, iterations, definition) if path.exists() else (0, torch.zeros(()))
+    totals = torch.zeros(2, len(module.columns), device=device) + totals.to(device)  # since the last row
+    if start < iterations:
+        one = [part[:1] if torch.is_tensor(part) else part for part in draw(start)]
+        with FlopCounterMode(display=False) as counter:  # before compilation, which hides the operations
+            module(*one)[0].backward()
+        optimizer.zero_grad()
+        flops = counter.get_total_flops()  # an image
+        common.say(f"{name}, iterations {start} to {iterations}: {flops * args.batch_size / 1e9:,.1f} GFLOP "
+                   f"each; {sum(p.numel() for p in module.network.parameters()):,} network parameters, "
+                   f"{sum(p.numel() for p in module.parameters() if p.requires_grad):,} trained in all")
+    if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):
+        torch._dynamo.config.recompile_limit = 64  # networks, batch sizes and numbers of heads share forward
+        for part in filter(None, (module.network, ema.module, getattr(module, "encoder", None))):
+            part.compile(dynamic=False)
+    if start == iterations:
+        return
+    if rank() == 0:
+        common.save_json({"args": vars(args), **common.versions(device)}, run / "config.json")
+        rows = table.read_text().splitlines(keepends=True)[1:] if start and table.exists() else []
+        rows = [row for row in rows if int(row.split(",")[0]) <= start]  # later ones will be written again
+        header = f"iteration,images,{','.join(module.columns)},lr,images_per_s,model_tflop_per_s\n"
+        common.save(lambda file: file.write("".join([header, *rows]).encode()), table)
+    step = nn.parallel.DistributedDataParallel(module) if world() > 1 else module
+    never = torch.iinfo(torch.int64).max
+    first_bad, kept = torch.full((), never, device=device), start  # first iteration with a non-finite loss
+    since, images_since, todo = time.time(), 0, range(start, iterations)
+    with common.signals() as came, progress(todo, name, initial=start, total=iterations) as bar:
+        for i in bar:
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * min(1, (i + 1) / max(1, warmup))
+            batch = (part.chunk(args.accumulate) if torch.is_tensor(part) else [part] * args.accumulate
+                     for part in draw(i))
+            for j, piece in enumerate(zip(*batch), 1):
+                with step.no_sync() if world() > 1 and j < args.accumulate else nullcontext():
+                    loss, log = step(*piece)
+                    (loss / args.accumulate).backward()
+                totals += log
+                first_bad = torch.where(loss.isfinite(), first_bad, first_bad.clamp(max=i + 1))  # no GPU sync
+            optimizer.step()
+            optimizer.zero_grad()
+            ema.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema_decay, (1 + i) / (10 + i)))
+            ema.update_parameters(module.network)
+            images_since += args.batch_size
+
+            stopping = int(all_reduce(torch.tensor(max(came, default=0)), dist.ReduceOp.MAX))  # on the CPU
+            logging = (i + 1) % LOG_EVERY == 0 or i + 1 == iterations
+            saving = stopping or (i + 1) % args.checkpoint_every == 0 or i + 1 == iterations
+            if (logging or saving) and (bad := int(all_reduce(first_bad.clone(), dist.ReduceOp.MIN))) < never:
+                raise InputError(f"the loss is not finite at iteration {bad} of {name}; " + (
+                    f"{path} keeps iteration {kept}" if kept else "no checkpoint yet") + "; lower --lr?")
+            if logging:
+                sums, counts = all_reduce(totals).tolist()
+                means = [f"{s / c:.6g}" if c else "" for s, c in zip(sums, counts)]
+                speed = images_since / (time.time() - since)
+                if rank() == 0:
+                    with open(table, "a") as file:
+                        print(i + 1, (i + 1) * args.batch_size, *means, group["lr"], f"{speed:.1f}",
+                              f"{speed * flops / 1e12:.4g}", sep=",", file=file)
+                bar.set_postfix(loss=means[0], images_per_s=f"{speed:.0f}")
+                totals.zero_()
+                since, images_since = time.time(), 0
+            if saving:
+                common.save_pt({"model": ema.module.state_dict(), "args": module.network.config},
+                               run / f"{prefix.removesuffix('_') or 'model'}.pt")
+                kept = i + 1
+                common.save_pt({key: part.state_dict() for key, part in parts.items()} | dict(
+                    iteration=kept, definition=definition, totals=all_reduce(totals.clone()) / world()), path)
+            if stopping:
+                common.say(f"stopped and saved at iteration {i + 1}; the same command continues")
+                raise SystemExit(128 + stopping)
+            if saving:
+                common.save_grid(pictures(ema.module), run / f"{prefix}samples_{i + 1:06}.png")
+
+
+def prepare(network, args, device):
+    """Move a network to the device, in the layout and the precision that are fast there."""
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    network.amp = args.amp == "on" or (args.amp == "auto" and has_bf16)
+    return network.to(device, memory_format=torch.channels_last)
+
+
+def train(args, device, images, labels, classes):
+    """The one training session; returns the EMA of the network."""
+    torch.manual_seed(args.seed)
+    network = prepare(UNet(IMAGE, args.channels, args.multipliers, args.blocks, args.attention, args.dropout,
+                           classes, heads=max(1, args.rk_order), skip_phi=args.skip_phi), args, device)
+    ema = AveragedModel(network).eval().requires_grad_(False)
+    module = CatchUp(network, ema.module.velocity if args.target == "ema" else None, args)
+    own = slice(rank() * args.batch_size // world(), (rank() + 1) * args.batch_size // world())
+    reader, ahead = ThreadPoolExecutor(1), {}
+
+    def gather(i):
+        """This rank's images and labels of batch i, with replacement, from (seed, i) alone; off the disk."""
+        draws = generator("cpu", args.seed, 9, i)
+        index = torch.randint(len(images), (args.batch_size,), generator=draws)[own]
+        x = images.numpy()[index.numpy()]  # torch's own threads would get into the way of the training's
+        batch = torch.from_numpy(x), labels[index]
+        return [part.pin_memory() for part in batch] if device.type == "cuda" else batch
+
+    def draw(i):
+        """This rank's part of batch i, from (seed, i) alone: resuming needs no state."""
+        batch = ahead.pop(i, None) or reader.submit(gather, i)
+        ahead[i + 1] = reader.submit(gather, i + 1)  # read while the device is busy with this one
+        options = dict(size=(args.batch_size,), device=device, generator=generator(device, args.seed, 2, i))
+        noise = normal(args.batch_size, device, args.seed, 3, i)
+        t, uniform = EPS + (1 - EPS) * torch.rand(**options), torch.rand(**options)
+        h = STEP_RULES[args.step_rule](t, args.intervals, uniform)
+        torch.manual_seed(seed_of(args.seed, 4, i, rank()))  # dropout
+        x, label = (part.to(device, non_blocking=True) for part in batch.result())
+        x = common.to_float(x)
+        if args.flip:
+            x = torch.where(torch.rand(**options)[own].view(-1, 1, 1, 1) < 0.5, x.flip(3), x)
+        return x, noise[own], t[own], h[own], i / args.iterations, label
+
+    pictures = grid_labels(args, classes)
+    fit(args, device, "", module, ema, draw, args.iterations, min(args.warmup, args.iterations // 10),
+        {k: v for k, v in vars(args).items() if k not in NOT_TRAINING},
+        lambda network: sample(network, pictures, args.solver, args.steps[-1], args, device)[0])
+    return ema.module
+
+
+# ------------------------------------------------------------------------------------------ reading the data
+
+
+def shrink(content):
+    """A picture file's bytes to uint8 [3, 64, 64] as ADM and EDM do it: halved by a box filter while it stays
+    large enough, then bicubic, then the centre. ValueError, OSError where it is no picture or too large."""
+    with Image.open(io.BytesIO(content)) as picture:
+        if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"{picture.width}x{picture.height} pixels are refused")
+        picture = picture.convert("RGB")
+    while min(picture.size) >= 2 * IMAGE[1]:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    scale = IMAGE[1] / min(picture.size)
+    size = round(picture.width * scale), round(picture.height * scale)
+    left, top = (size[0] - IMAGE[2]) // 2, (size[1] - IMAGE[1]) // 2
+    pixels = np.asarray(picture.resize(size, Image.Resampling.BICUBIC))
+    return pixels[top:top + IMAGE[1], left:left + IMAGE[2]].transpose(2, 0, 1)
+
+
+def npz_blocks(folder):
+    """(images uint8 [n, 3, 64, 64], labels [n] from 0) of each train_data_batch_*.npz, bare or in a zip."""
+    found = {path.name: path for path in Path(folder).glob("train_data_batch_*.npz")}
+    for path in Path(folder).glob("*.zip"):
+        names = zipfile.ZipFile(path).namelist()
+        found |= {Path(n).name: (path, n) for n in names if re.fullmatch(r".*train_data_batch_\d+\.npz", n)}
+    for name in sorted(found, key=lambda name: int(re.search(r"\d+", name)[0])):
+        where = found[name]
+        file = io.BytesIO(zipfile.ZipFile(where[0]).read(where[1])) if isinstance(where, tuple) else where
+        with np.load(file) as content:
+            yield content["data"].reshape(-1, *IMAGE), np.asarray(content["labels"], np.int64) - 1
+
+
+def picture_blocks(names, read, numbers, skipped):
+    """(images uint8 [n, 3, 64, 64], labels [n]) of a thousand pictures at a time, made on all cores;
+    `skipped` receives the name of each one that cannot be used, and why."""
+    def make(name):
+        try:
+            return shrink(read(name))
+        except Exception as error:  # Pillow and zlib raise a dozen types
+            return f"{name}: {error}"
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for i in range(0, len(names), 1_000):
+            made = list(pool.map(make, names[i:i + 1_000]))
+            good = [not isinstance(image, str) for image in made]
+            skipped.extend(image for image in made if isinstance(image, str))
+            images = [image for image in made if not isinstance(image, str)]
+            yield np.array(images, np.uint8).reshape(-1, *IMAGE), numbers[i:i + 1_000][good]
+
+
+def read_once(data, cache):
+    """--data as arrays in --cache, made at the first call: a dict of what they are, images uint8
+    [N, 3, 64, 64] mapped from images.npy, labels int64 [N]. about.json is written last: then all is there."""
+    data, cache, skipped = str(Path(data).resolve()), Path(cache), []
+    if not (cache / "about.json").exists():
+        if rank():
+            raise InputError(f"--cache {cache} is not on this node: share it, or run --prepare here first")
+        for old in cache.glob(".images.npy.*"):  # of a preparation that was killed
+            old.unlink()
+        blocks, kind, classes = npz_blocks(data), "npz images, downsampled by their authors", None
+        first = next(blocks, None)
+        if first is None:
+            names, read = common.list_pictures(data)
+            classes, numbers = np.unique([Path(name).parent.name for name in names], return_inverse=True)
+            blocks, kind = picture_blocks(names, read, numbers, skipped), "pictures, box-halved and bicubic"
+            first = next(blocks)
+        labels, header = [], dict(descr="|u1", fortran_order=False, shape=(0, *IMAGE))
+        with common.replacing(cache / "images.npy") as file, progress(None, "reading", unit=" images") as bar:
+            np.lib.format.write_array_header_1_0(file, header)
+            for images, numbers in itertools.chain([first], blocks):
+                file.write(images.tobytes())
+                labels.append(numbers)
+                bar.update(len(numbers))
+            labels = np.concatenate(labels)
+            if not len(labels):
+                raise InputError(f"--data: none of the pictures in {data} can be used, as {skipped[0]}")
+            file.seek(0)  # now that their number is known
+            np.lib.format.write_array_header_1_0(file, header | {"shape": (len(labels), *IMAGE)})
+        for entry in skipped:
+            common.say(f"skipped {entry}")
+        common.save(lambda file: np.save(file, labels), cache / "labels.npy")
+        common.save_json(dict(data=data, kind=kind, skipped=skipped, classes=[str(c) for c in (
+            range(1, labels.max() + 2) if classes is None else classes)]), cache / "about.json")
+    about = json.loads((cache / "about.json").read_text())
+    if about["data"] != data:
+        raise InputError(f"--cache {cache} holds {about['data']}: give another one, or remove it")
+    images = torch.from_numpy(np.load(cache / "images.npy", mmap_mode="c"))
+    names = [f"{number} {name}" for number, name in enumerate(about["classes"])]
+    common.say(f"{len(images):,} {about['kind']}, {len(about['skipped'])} skipped; {len(names)} classes: "
+               f"{', '.join(names[:20])}" + f", ... (all in {cache / 'about.json'})" * (len(names) > 20))
+    return about, images, torch.from_numpy(np.load(cache / "labels.npy"))
+
+
+# ------------------------------------------------------------------------------------------------------ main
+
+
+def pick_device(name):
+    """The device asked for, or a GPU if there is one; under torchrun each rank has its own."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and world() > 1 else name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise InputError(f"--device {name} is not to be had here") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.set_float32_matmul_precision("high")  # TF32 where float32 is left
+    return device
+
+
+def main(argv=None):
+    """The command line; returns the exit status."""
+    try:
+        if "LOCAL_RANK" in os.environ:
+            dist.init_process_group()  # gloo for the CPU, NCCL for CUDA
+        args = parse_args(argv)
+        device = pick_device(args.device)
+        with common.rank_zero_first():
+            images, labels, kind, classes = load_data(args)
+        if args.prepare:
+            return 0
+        Path(args.run_dir).mkdir(parents=True, exist_ok=True)
+        evaluate(args, train(args, device, images, labels, len(classes)), images, labels, kind, device)
+        return 0
+    except (InputError, OSError, FloatingPointError) as error:
+        if rank() == 0:
+            print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # while training, Ctrl-C is caught earlier and saves
+        return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
