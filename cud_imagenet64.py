@@ -81,8 +81,8 @@ PAPER = dict(
     flip=True)
 QUICK = dict(
     run_dir="runs/imagenet64-quick", data="glyphs", channels=8, multipliers=[1, 2, 4, 8], blocks=1,
-    attention=[16, 8], dropout=0.0, iterations=1_400, batch_size=16, lr=2e-3, ema_decay=0.995, flip=False,
-    checkpoint_every=700, steps=[1, 4, 15], features="classifier", fid_samples=500)
+    attention=[16, 8], dropout=0.0, iterations=1_200, batch_size=16, lr=2e-3, ema_decay=0.995, flip=False,
+    checkpoint_every=600, steps=[1, 4, 15], features="classifier", fid_samples=500)
 NOT_TRAINING = set(  # flags that may change when a run is continued
     "quick run_dir device cache prepare classes amp compile accumulate checkpoint_every steps solver "
     "tolerance fid_samples fid_mode features save_samples iterations".split())
