@@ -294,7 +294,7 @@ class ArraysOnly(pickle.Unpickler):
 def list_pictures(path, split="train"):
     """The pictures in a folder or .zip: names, sorted, and a function name -> bytes. InputError if none.
 
-    Where folders `train` and `test` tell them apart, those of `split` alone.
+    Where the classes' folders lie in folders `train` and `test`, those of `split` alone.
     """
     path = Path(path)
     if path.is_dir():
@@ -304,8 +304,9 @@ def list_pictures(path, split="train"):
         names = archive.namelist()
     else:
         raise InputError(f"--data: {path} is neither a folder nor a .zip that is whole")
-    names = sorted(n for n in names if n.lower().endswith((".png", ".jpg", ".jpeg", ".bmp", ".webp")))
-    of = {part: [n for n in names if part in Path(n).parts[:-1]] for part in ("train", "test")}
+    names = sorted(n for n in names if n.lower().endswith((".png", ".jpg", ".jpeg", ".bmp", ".webp"))
+                   and not Path(n).name.startswith("."))  # macOS leaves ._x.jpg beside x.jpg
+    of = {part: [n for n in names if part in Path(n).parts[:-2]] for part in ("train", "test")}
     names = of[split] if of["train"] or of["test"] else names
     if not names:
         raise InputError(f"--data: {path} holds no {split} pictures (.png, .jpg, .jpeg, .bmp, .webp)")

@@ -27,7 +27,9 @@ The network is told the class of x; z is drawn without an encoder, and there is 
     torchrun --nproc-per-node 8 cud_imagenet64.py --data FOLDER   the paper's recipe on eight GPUs: README
     python cud_imagenet64.py --data FOLDER --classes 207 360      evaluates the run; pictures of two classes
 
-MEASURED
+Measured (--quick: drawn digits, a small network, seed 0, two CPU cores, 8 min 10 s; no FID): FD (classifier)
+is 297.8, 56.1 and 56.3 at 1, 4 and 15 Euler steps; a classifier finds the digit that was asked for in 96, 94
+and 90 % of them. On real pictures, or a GPU, the recipe was not run.
 
 Paper: "Catch-Up Distillation: You Only Need to Train Once for Accelerating Sampling", arXiv 2305.10769.
 """
@@ -43,6 +45,7 @@ import re
 import sys
 import time
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -792,15 +795,18 @@ def shrink(content):
 
 def npz_blocks(folder):
     """(images uint8 [n, 3, 64, 64], labels [n] from 0) of each train_data_batch_*.npz, bare or in a zip."""
-    found = {path.name: path for path in Path(folder).glob("train_data_batch_*.npz")}
-    for path in Path(folder).glob("*.zip"):
-        names = zipfile.ZipFile(path).namelist()
-        found |= {Path(n).name: (path, n) for n in names if re.fullmatch(r".*train_data_batch_\d+\.npz", n)}
-    for name in sorted(found, key=lambda name: int(re.search(r"\d+", name)[0])):
-        where = found[name]
-        file = io.BytesIO(zipfile.ZipFile(where[0]).read(where[1])) if isinstance(where, tuple) else where
-        with np.load(file) as content:
-            yield content["data"].reshape(-1, *IMAGE), np.asarray(content["labels"], np.int64) - 1
+    file, found = folder, {path.name: path for path in Path(folder).glob("train_data_batch_*.npz")}
+    try:
+        for file in Path(folder).glob("*.zip"):
+            names = zipfile.ZipFile(file).namelist()
+            found |= {Path(n).name: (file, n) for n in names if re.search(r"train_data_batch_\d+\.npz$", n)}
+        for name in sorted(found, key=lambda name: int(re.search(r"\d+", name)[0])):
+            file = found[name]
+            zipped = isinstance(file, tuple)
+            with np.load(io.BytesIO(zipfile.ZipFile(file[0]).read(file[1])) if zipped else file) as content:
+                yield content["data"].reshape(-1, *IMAGE), np.asarray(content["labels"], np.int64) - 1
+    except (zipfile.BadZipFile, zlib.error, ValueError, KeyError, EOFError) as error:
+        raise InputError(f"--data: {file} is damaged or something else ({error}): fetch it again") from None
 
 
 def picture_blocks(names, read, numbers, skipped):

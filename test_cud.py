@@ -523,6 +523,13 @@ def test_bad_cifar10_is_named(cifar):
     whole = Path("cifar-10-binary.tar.gz").read_bytes()
     Path("cifar-10-binary.tar.gz").write_bytes(whole[:len(whole) // 2])
     refused("cifar-10-binary.tar.gz", "cifar-10-binary.tar.gz is damaged")
+    Path("pictures/train/class0/._0.png").write_bytes(b"what macOS leaves")
+    assert len(common.load_cifar10("pictures")[0]) == 20
+    Path("classes/train").mkdir(parents=True)  # a class may have that name
+    Path("classes/tram").mkdir()
+    for file in ("classes/train/1.png", "classes/tram/2.png"):
+        Image.new("RGB", (32, 32)).save(file)
+    assert common.load_cifar10("classes")[1].tolist() == [0, 1]
     Image.new("RGB", (32, 31)).save("pictures/train/class0/odd.png")
     refused("pictures", "class0/odd.png", "32x31, not 32x32")
     Path("pictures/train/class0/odd.png").write_bytes(b"no picture")
@@ -956,6 +963,12 @@ def test_every_form_of_imagenet_gives_the_same_arrays(form, imagenet, capsys):
     assert kind == f"{said} in {form}" and f"12 {said}, 0 skipped; 4 classes: 0 " in capsys.readouterr().out
     assert classes == (list("1234") if "npz" in form else ["n00", "n01", "n02", "n03"])
     assert np.load("cache/images.npy").shape == (12, 3, 64, 64)
+    bad = next(Path(form).glob("*"), None) if "npz" in form else None
+    if bad:
+        bad.write_bytes(bad.read_bytes()[:-50])
+        with pytest.raises(common.InputError, match=f"{bad.name} is damaged or something else"):
+            cud_imagenet64.load_data(cud_imagenet64.parse_args(["--data", form, "--cache", "other"]))
+        assert not list(Path("other").glob("*"))
     with pytest.raises(common.InputError, match="--cache cache holds .*give another"):
         cud_imagenet64.load_data(cud_imagenet64.parse_args(["--data", "elsewhere", "--cache", "cache"]))
 
@@ -1065,6 +1078,9 @@ def test_quick_imagenet_is_continued_evaluated_and_sampled_by_class(monkeypatch,
     results = json.loads((folder / "results.json").read_text())
     assert [(r["steps"], r["images_seen"]) for r in results] == [(1, 16), (2, 16), (1, 32), (2, 32)]
     assert all(0 < r["floor"] < r["value"] and 0 <= r["right_class"] <= 1 for r in results)
+    assert cud_imagenet64.main([*flags, *shlex.split("--iterations 8 --fid-samples 0 --run-dir whole")]) == 0
+    a, b = (list(leaves(torch.load(f"{name}/checkpoint.pt")["module"])) for name in (folder, "whole"))
+    assert len(a) > 50 and all(torch.equal(x, y) for x, y in zip(a, b))  # the data read ahead is the right one
     more = shlex.split("--iterations 8 --fid-samples 0 --classes 7 3 --save-samples 9")
     assert cud_imagenet64.main([*flags, *more]) == 0
     with np.load(folder / "samples.npz") as file:
@@ -1239,7 +1255,7 @@ def test_readme_commands_parse_and_its_python_runs(quick, monkeypatch):
     for script in SCRIPTS:
         name = re.escape(Path(script.__file__).name)
         found = [flags for block in blocks for flags in re.findall(name + r"([^#;&|\n]*)", block)]
-        assert len(found) > 5
+        assert len(found) >= 5
         for flags in found:
             script.parse_args(shlex.split(re.sub(r"\$\w+", "1", flags)))
     rows = re.findall(r"\| `(--run-dir [^`]*)`", text)
