@@ -797,9 +797,11 @@ def npz_blocks(folder):
     """(images uint8 [n, 3, 64, 64], labels [n] from 0) of each train_data_batch_*.npz, bare or in a zip."""
     file, found = folder, {path.name: path for path in Path(folder).glob("train_data_batch_*.npz")}
     try:
-        for file in Path(folder).glob("*.zip"):
-            names = zipfile.ZipFile(file).namelist()
-            found |= {Path(n).name: (file, n) for n in names if re.search(r"train_data_batch_\d+\.npz$", n)}
+        for file in Path(folder).glob("*train_part*.zip"):
+            names = [n for n in zipfile.ZipFile(file).namelist() if re.search(r"train_data_batch_\d+\.npz$", n)]
+            if not names:
+                raise ValueError("no train_data_batch_*.npz in it")
+            found |= {Path(name).name: (file, name) for name in names}
         for name in sorted(found, key=lambda name: int(re.search(r"\d+", name)[0])):
             file = found[name]
             zipped = isinstance(file, tuple)

@@ -1098,7 +1098,8 @@ def test_labels_reach_the_samples_of_every_batch(monkeypatch):
     monkeypatch.setattr(cud_imagenet64, "SAMPLE_BATCH", 4)
     args, labels = cud_imagenet64.parse_args(["--data", "x"]), torch.arange(10)
     images, *_ = cud_imagenet64.sample(Colour, labels, "euler", 1, args, torch.device("cpu"))
-    assert torch.equal(images, common.to_uint8(labels / 10).view(10, 1, 1, 1).expand(10, 3, 64, 64))
+    expected = common.to_uint8(labels / 10).view(10, 1, 1, 1).int()
+    assert images.shape == (10, 3, 64, 64) and (images - expected).abs().max() <= 1  # 12 from class to class
     drawn = cud_imagenet64.drawn_labels(5_000, args, 10).bincount()
     assert len(drawn) == 10 and drawn.min() > 400
 
