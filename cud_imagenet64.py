@@ -798,10 +798,11 @@ def npz_blocks(folder):
     file, found = folder, {path.name: path for path in Path(folder).glob("train_data_batch_*.npz")}
     try:
         for file in Path(folder).glob("*train_part*.zip"):
-            names = [n for n in zipfile.ZipFile(file).namelist() if re.search(r"train_data_batch_\d+\.npz$", n)]
-            if not names:
+            inside = {Path(name).name: (file, name) for name in zipfile.ZipFile(file).namelist()
+                      if re.search(r"train_data_batch_\d+\.npz$", name)}
+            if not inside:
                 raise ValueError("no train_data_batch_*.npz in it")
-            found |= {Path(name).name: (file, name) for name in names}
+            found |= inside
         for name in sorted(found, key=lambda name: int(re.search(r"\d+", name)[0])):
             file = found[name]
             zipped = isinstance(file, tuple)

@@ -1078,7 +1078,8 @@ def test_quick_imagenet_is_continued_evaluated_and_sampled_by_class(monkeypatch,
     results = json.loads((folder / "results.json").read_text())
     assert [(r["steps"], r["images_seen"]) for r in results] == [(1, 16), (2, 16), (1, 32), (2, 32)]
     assert all(0 < r["floor"] < r["value"] and 0 <= r["right_class"] <= 1 for r in results)
-    assert cud_imagenet64.main([*flags, *shlex.split("--iterations 8 --fid-samples 0 --run-dir whole")]) == 0
+    more = shlex.split("--iterations 8 --fid-samples 0 --run-dir whole")
+    assert cud_imagenet64.main([*flags, *more]) == 0
     a, b = (list(leaves(torch.load(f"{name}/checkpoint.pt")["module"])) for name in (folder, "whole"))
     assert len(a) > 50 and all(torch.equal(x, y) for x, y in zip(a, b))  # the data read ahead is the right one
     more = shlex.split("--iterations 8 --fid-samples 0 --classes 7 3 --save-samples 9")
