@@ -60,6 +60,7 @@ EPS = 1e-5  # training stays this far from t = 0
 LOG_EVERY = 100  # iterations to a row of metrics.csv
 SAMPLE_BATCH = 500  # images; noise is drawn by the batch, so samples do not depend on the number of ranks
 FEATURES = {"inception": 2048, "classifier": 224}  # dimensions
+CLASSIFIER_BATCHES = 400  # that a classifier of the data is trained on
 CACHE = Path("data/cache")  # reference statistics and classifiers, named by the images they come from
 DATA = "data/cifar10"  # where the files are downloaded to
 DATA_HELP = ("an official archive or its folder, a folder or .zip of 32x32 pictures (a folder a class), or "
@@ -413,13 +414,13 @@ class Classifier(nn.Module):
 
 def classifier_features(images, labels, device, key):
     """A function uint8 [B, C, H, W] -> features [B, 224], in units of their deviation over the images, and
-    its name. The classifier is trained on these images once (fixed seed, 400 batches of 128) and cached."""
+    its name. The classifier is trained on these images once (fixed seed, batches of 128) and cached."""
     torch.manual_seed(0)
     network = Classifier(int(labels.max()) + 1).to(device)
 
     def make():
         optimizer = torch.optim.Adam(network.parameters(), 2e-3)
-        for _ in progress(range(400), "classifier"):
+        for _ in progress(range(CLASSIFIER_BATCHES), "classifier"):
             index = torch.randint(len(images), (128,)).to(images.device)
             x, wanted = images[index].to(device), labels[index].to(device)
             F.cross_entropy(network(common.to_float(x))[1], wanted).backward()

@@ -1,8 +1,10 @@
 """Tests of what could be wrong: theoretical orders, closed forms, independent computations, kills midway.
 
     pytest                      everything, on a CPU, in a temporary folder, without network or data
+    python test_cud.py          no tests: training as a script does it against the plain way, see the end
 """
 import ast
+import copy
 import difflib
 import io
 import json
@@ -18,6 +20,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 import zipfile
 from pathlib import Path
@@ -59,10 +62,12 @@ def elsewhere(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True, scope="session")
 def small():
-    """600 glyphs are plenty here."""
+    """600 glyphs are plenty here, and a little training for their classifier."""
     full = common.glyphs
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "glyphs", lambda n, shape, seed=0: full(min(n, 600), shape, seed))
+        for script in SCRIPTS:
+            patch.setattr(script, "CLASSIFIER_BATCHES", 60)
         yield
 
 
@@ -550,14 +555,20 @@ def test_real_cifar10():
     assert mean.tolist() == pytest.approx([125.3, 123.0, 113.9], abs=0.5)
 
 
-def test_flips_mirror_every_other_image_and_change_nothing_else(monkeypatch):
-    draws = []
-    monkeypatch.setattr(cud_cifar10, "fit", lambda *given: draws.append(given[5]))
-    images = torch.randint(0, 256, (40, 3, 32, 32), dtype=torch.uint8)
+@pytest.mark.parametrize("script", [cud_cifar10, cud_imagenet64])
+def test_flips_mirror_every_other_image_and_change_nothing_else(script, monkeypatch):
+    draws, labels = [], torch.arange(40) % 10
+    monkeypatch.setattr(script, "fit", lambda *given: draws.append(given[5]))
+    images = torch.randint(0, 256, (40, *script.IMAGE), dtype=torch.uint8)
+    more = (labels, 10) if script is cud_imagenet64 else ()
     for flag in ("--flip", "--no-flip"):
-        args = cud_cifar10.parse_args([*TINY, flag, "--batch-size", "400"])
-        cud_cifar10.train(args, torch.device("cpu"), images)
+        args = script.parse_args([*TINY, flag, "--batch-size", "400"])
+        script.train(args, torch.device("cpu"), images, *more)
     flipped, plain = (draw(3) for draw in draws)
+    which = (plain[0][:, None] == common.to_float(images)).flatten(2).all(2)  # [400, 40]
+    assert (which.sum(1) == 1).all()
+    if more:
+        assert torch.equal(labels[which.int().argmax(1)], plain[5])
     mirrored = (flipped[0] == plain[0].flip(3)).flatten(1).all(1)
     assert torch.equal(flipped[0][~mirrored], plain[0][~mirrored]) and 150 < mirrored.sum() < 250
     assert all(torch.equal(a, b) for a, b in zip(flipped[1:4], plain[1:4]))
@@ -1081,7 +1092,7 @@ def test_quick_imagenet_is_continued_evaluated_and_sampled_by_class(monkeypatch,
     more = shlex.split("--iterations 8 --fid-samples 0 --run-dir whole")
     assert cud_imagenet64.main([*flags, *more]) == 0
     a, b = (list(leaves(torch.load(f"{name}/checkpoint.pt")["module"])) for name in (folder, "whole"))
-    assert len(a) > 50 and all(torch.equal(x, y) for x, y in zip(a, b))  # the data read ahead is the right one
+    assert len(a) > 50 and all(torch.equal(x, y) for x, y in zip(a, b))  # what was read ahead was right
     more = shlex.split("--iterations 8 --fid-samples 0 --classes 7 3 --save-samples 9")
     assert cud_imagenet64.main([*flags, *more]) == 0
     with np.load(folder / "samples.npz") as file:
@@ -1101,6 +1112,7 @@ def test_labels_reach_the_samples_of_every_batch(monkeypatch):
     images, *_ = cud_imagenet64.sample(Colour, labels, "euler", 1, args, torch.device("cpu"))
     expected = common.to_uint8(labels / 10).view(10, 1, 1, 1).int()
     assert images.shape == (10, 3, 64, 64) and (images - expected).abs().max() <= 1  # 12 from class to class
+    assert cud_imagenet64.grid_labels(args, 3).tolist() == [0] * 8 + [1] * 8 + [2] * 8  # a row a class
     drawn = cud_imagenet64.drawn_labels(5_000, args, 10).bincount()
     assert len(drawn) == 10 and drawn.min() > 400
 
@@ -1284,3 +1296,102 @@ def test_every_flag_is_explained(script):
         assert entry.startswith(flag) and len(re.findall(r"[a-zA-Z]{2,}", said)) >= 3, entry
     assert f"(default: {script.PAPER['iterations']})" in text
     assert not list(Path().iterdir())  # importing and helping write nothing
+
+
+# ------------------------------------------------------------------------------------------------ benchmark
+#
+#   python test_cud.py SCRIPT [--iterations 20] [its other flags], for example
+#   python test_cud.py cud_mnist --rk-order 1 --batch-size 64 --coupling independent
+#
+# trains the script's network on drawn digits, its way and the plain way: eager, PyTorch's default precision,
+# NCHW, every stage and target a full forward pass of its own, k_1 computed again, the EMA parameter by
+# parameter, a DataLoader with workers. Prints images/s of both; start and warm-up are left out.
+
+
+def plain_step(network, encoder, conditions, x, args):
+    """The loss of images x [B, C, H, W] in [-1, 1]; conditions: what the network wants beside x_t and t."""
+    expand, k = (-1, 1, 1, 1), args.rk_order
+    t, h = torch.rand(len(x), device=x.device), torch.rand(len(x), device=x.device) / args.intervals
+    z = torch.randn_like(x)
+    loss = 0
+    if encoder is not None:
+        mu, log_var = encoder(x, torch.ones_like(t))[0].chunk(2, 1)
+        z = mu + (log_var / 2).exp() * z
+        loss = args.kl_weight * (mu.square() + log_var.exp() - 1 - log_var).mean() / 2
+    x_t, u = t.view(expand) * z + (1 - t.view(expand)) * x, z - x
+    v = network(x_t, t, *conditions)
+    loss = loss + sum((v[j] - u).square().mean() for j in range(len(v)))
+    with torch.no_grad():
+        slopes = [network(x_t, t, *conditions)[0]] if k else []
+        for i in range(1, k):
+            there = x_t - h.view(expand) * sum(a * s for a, s in zip(A_TABLE["published"][i - 1], slopes))
+            slopes.append(network(there, (t - i * h).clamp(min=1e-5), *conditions)[0])
+    for j in range(k):
+        with torch.no_grad():
+            there = x_t - h.view(expand) * sum(b * s for b, s in zip(B_TABLE["published"][k][j], slopes))
+            y = network(there, (t - (j + 1) * h).clamp(min=1e-5), *conditions)[0]
+            y = torch.where((t - k * h < 1e-5).view(expand), u, y)
+        loss = loss + (v[j] - y).square().mean()
+    if len(conditions):
+        loss = loss + cud_imagenet64.wavelet_loss(x_t - t.view(expand) * v[0], x).mean()
+    return loss
+
+
+def plain_training(script, args, device, images, labels, iterations, warm_up=3):
+    """Images a second."""
+    made = []  # the script's networks, as it builds them
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "prepare", lambda network, *_: made.append(network.to(device)) or network)
+        patch.setattr(script, "fit", lambda *_: None)
+        script.train(*([args, device, images, labels, 10][:5 if script is cud_imagenet64 else 3]))
+    network, encoder = (*made, None)[:2]
+    ema = copy.deepcopy(network)
+    optimizer = torch.optim.Adam([p for part in made for p in part.parameters()], args.lr)
+    pairs = torch.utils.data.TensorDataset(images, labels)
+    loader = torch.utils.data.DataLoader(pairs, args.batch_size, shuffle=True, num_workers=2, drop_last=True)
+    batches = (batch for _ in range(iterations) for batch in loader)
+    for i in range(iterations + warm_up):
+        if i == warm_up:
+            synchronize(device)
+            start = time.time()
+        x, label = (part.to(device) for part in next(batches))
+        conditions = (label,) if script is cud_imagenet64 else ()
+        plain_step(network, encoder, conditions, x.float() / 127.5 - 1, args).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for mine, its in zip(ema.parameters(), network.parameters()):
+                mine.mul_(args.ema_decay).add_((1 - args.ema_decay) * its)
+    synchronize(device)
+    return iterations * args.batch_size / (time.time() - start)
+
+
+def scripted_training(script, flags, iterations):
+    """Images a second, from metrics.csv: the last of three rows, each of `iterations`."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "LOG_EVERY", iterations)
+        patch.setattr(script, "evaluate", lambda *_: None)
+        patch.setattr(script, "sample", lambda *_: (torch.zeros(64, *script.IMAGE, dtype=torch.uint8),))
+        more = ["--iterations", str(3 * iterations), "--run-dir", folder, "--fid-samples", "0"]
+        assert script.main([*flags, *more]) == 0
+        rows = [row.split(",") for row in (Path(folder) / "metrics.csv").read_text().splitlines()]
+        return float(rows[-1][rows[0].index("images_per_s")])
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    name, *flags = sys.argv[1:] or ["cud_mnist", *shlex.split("--batch-size 64 --coupling independent")]
+    script, flags = sys.modules[name], ["--data", "glyphs", *flags]
+    args = script.parse_args(flags)
+    iterations = args.iterations if "--iterations" in flags else 20  # a row of metrics.csv; three are made
+    device = script.pick_device(args.device)
+    torch.set_float32_matmul_precision("highest")  # PyTorch's default; the script sets its own
+    images, labels = script.load_data(args)[:2]
+    plain = plain_training(script, args, device, images, labels, iterations)
+    scripted = scripted_training(script, flags, iterations)
+    print(f"{scripted:.1f} images/s, the plain way {plain:.1f}, ratio {scripted / plain:.2f}: {name} "
+          f"{' '.join(flags)}; {iterations} iterations; {common.versions(device)}")
