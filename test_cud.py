@@ -1305,7 +1305,7 @@ def test_every_flag_is_explained(script):
 #
 # trains the script's network on drawn digits, its way and the plain way: eager, PyTorch's default precision,
 # NCHW, every stage and target a full forward pass of its own, k_1 computed again, the EMA parameter by
-# parameter, a DataLoader with workers. Prints images/s of both; start and warm-up are left out.
+# parameter, a DataLoader with workers; then samples with both. Prints images/s; start-up is left out.
 
 
 def plain_step(network, encoder, conditions, x, args):
@@ -1337,16 +1337,24 @@ def plain_step(network, encoder, conditions, x, args):
     return loss
 
 
-def plain_training(script, args, device, images, labels, iterations, warm_up=3):
-    """Images a second."""
-    made = []  # the script's networks, as it builds them
+def networks(script, args, device, images, labels, plainly):
+    """The network, and the encoder or None, as the script's train() builds them."""
+    torch.set_float32_matmul_precision("highest" if plainly else "high")
+    made, prepare = [], script.prepare
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "prepare", lambda network, *_: made.append(network.to(device)) or network)
+        patch.setattr(script, "prepare", lambda network, *more: made.append(
+            network.to(device) if plainly else prepare(network, *more)) or network)
         patch.setattr(script, "fit", lambda *_: None)
         script.train(*([args, device, images, labels, 10][:5 if script is cud_imagenet64 else 3]))
-    network, encoder = (*made, None)[:2]
+    return (*made, None)[:2]
+
+
+def plain_training(script, args, device, images, labels, iterations, warm_up=3):
+    """Images a second."""
+    network, encoder = networks(script, args, device, images, labels, plainly=True)
     ema = copy.deepcopy(network)
-    optimizer = torch.optim.Adam([p for part in made for p in part.parameters()], args.lr)
+    trained = [p for part in (network, encoder) if part is not None for p in part.parameters()]
+    optimizer = torch.optim.Adam(trained, args.lr)
     pairs = torch.utils.data.TensorDataset(images, labels)
     loader = torch.utils.data.DataLoader(pairs, args.batch_size, shuffle=True, num_workers=2, drop_last=True)
     batches = (batch for _ in range(iterations) for batch in loader)
@@ -1378,6 +1386,21 @@ def scripted_training(script, flags, iterations):
         return float(rows[-1][rows[0].index("images_per_s")])
 
 
+def sampling(script, args, device, images, labels, plainly):
+    """Images a second at the last of --steps, the second time round."""
+    network = networks(script, args, device, images, labels, plainly)[0].eval()
+    if not plainly and device.type == "cuda":
+        network.compile(dynamic=False)
+    n = 4 * script.SAMPLE_BATCH if device.type == "cuda" else 64
+    wanted = torch.arange(n) % 10 if script is cud_imagenet64 else n
+    for _ in range(2):
+        synchronize(device)
+        start = time.time()
+        script.sample(network, wanted, "euler", args.steps[-1], args, device)
+        synchronize(device)
+    return n / (time.time() - start)
+
+
 def synchronize(device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -1389,9 +1412,10 @@ if __name__ == "__main__":
     args = script.parse_args(flags)
     iterations = args.iterations if "--iterations" in flags else 20  # a row of metrics.csv; three are made
     device = script.pick_device(args.device)
-    torch.set_float32_matmul_precision("highest")  # PyTorch's default; the script sets its own
     images, labels = script.load_data(args)[:2]
     plain = plain_training(script, args, device, images, labels, iterations)
     scripted = scripted_training(script, flags, iterations)
-    print(f"{scripted:.1f} images/s, the plain way {plain:.1f}, ratio {scripted / plain:.2f}: {name} "
-          f"{' '.join(flags)}; {iterations} iterations; {common.versions(device)}")
+    slow, fast = (sampling(script, args, device, images, labels, plainly) for plainly in (True, False))
+    print(f"{name} {' '.join(flags)}; {iterations} iterations; {common.versions(device)}\n"
+          f"training: {scripted:.1f} images/s, the plain way {plain:.1f}, ratio {scripted / plain:.2f}\n"
+          f"sampling: {fast:.1f} images/s, the plain way {slow:.1f}, ratio {fast / slow:.2f}")
