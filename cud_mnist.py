@@ -770,7 +770,7 @@ def main(argv=None):
         evaluate(args, networks, images, labels, device)
         return 0
     except (InputError, OSError, FloatingPointError) as error:
-        if rank() == 0:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once a node: it may lack what others have
             print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # while training, Ctrl-C is caught earlier and saves

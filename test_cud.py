@@ -1124,6 +1124,14 @@ def test_the_classifier_agrees_with_the_classes_of_real_images():
     assert cud_imagenet64.agreement(images, (labels + 1) % 10, "key", torch.device("cpu")) < 0.05
 
 
+def test_a_node_without_the_cache_says_so(imagenet, monkeypatch):
+    monkeypatch.setattr(cud_imagenet64, "rank", lambda: 3)
+    args = cud_imagenet64.parse_args(["--data", "pictures", "--cache", "cache"])
+    with pytest.raises(common.InputError, match="cache is not on this node.*--prepare"):
+        cud_imagenet64.load_data(args)
+    assert not Path("cache").exists()
+
+
 def test_missing_imagenet_says_what_to_fetch(capsys):
     assert cud_imagenet64.main([]) == 2
     err = capsys.readouterr().err
