@@ -1383,7 +1383,7 @@ def plain_training(script, args, device, images, labels, iterations, warm_up=3):
 
 
 def scripted_training(script, flags, iterations):
-    """Images a second, from metrics.csv: the last of three rows, each of `iterations`."""
+    """Images and TFLOP a second, from metrics.csv: the last of three rows, each of `iterations`."""
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "LOG_EVERY", iterations)
         patch.setattr(script, "evaluate", lambda *_: None)
@@ -1391,7 +1391,7 @@ def scripted_training(script, flags, iterations):
         more = ["--iterations", str(3 * iterations), "--run-dir", folder, "--fid-samples", "0"]
         assert script.main([*flags, *more]) == 0
         rows = [row.split(",") for row in (Path(folder) / "metrics.csv").read_text().splitlines()]
-        return float(rows[-1][rows[0].index("images_per_s")])
+        return [float(rows[-1][rows[0].index(name)]) for name in ("images_per_s", "model_tflop_per_s")]
 
 
 def sampling(script, args, device, images, labels, plainly):
@@ -1409,6 +1409,19 @@ def sampling(script, args, device, images, labels, plainly):
     return n / (time.time() - start)
 
 
+def matrix_rate(device):
+    """TFLOP a second of a bfloat16 matrix product, the second time round."""
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
+    for _ in range(2):
+        synchronize(device)
+        start = time.time()
+        for _ in range(20):
+            a @ a
+        synchronize(device)
+    return 20 * 2 * n ** 3 / 1e12 / (time.time() - start)
+
+
 def synchronize(device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -1422,8 +1435,9 @@ if __name__ == "__main__":
     device = script.pick_device(args.device)
     images, labels = script.load_data(args)[:2]
     plain = plain_training(script, args, device, images, labels, iterations)
-    scripted = scripted_training(script, flags, iterations)
+    (scripted, flops), rate = scripted_training(script, flags, iterations), matrix_rate(device)
     slow, fast = (sampling(script, args, device, images, labels, plainly) for plainly in (True, False))
     print(f"{name} {' '.join(flags)}; {iterations} iterations; {common.versions(device)}\n"
           f"training: {scripted:.1f} images/s, the plain way {plain:.1f}, ratio {scripted / plain:.2f}\n"
+          f"          {flops:.3g} TFLOP/s, {flops / rate:.1%} of a bfloat16 matrix product's {rate:.3g}\n"
           f"sampling: {fast:.1f} images/s, the plain way {slow:.1f}, ratio {fast / slow:.2f}")
