@@ -438,7 +438,7 @@ def ab3(velocity, x, steps, t_start=1.0, t_end=0.0, tolerance=1e-5, trajectory=N
 
 def dopri5(velocity, x, steps=None, t_start=1.0, t_end=0.0, tolerance=1e-5, trajectory=None):
     """Adaptive Dormand-Prince 5(4) (Hairer, Norsett & Wanner, II.4-5), SciPy's, in float64 with one step size
-    for the batch. The NFE counts every evaluation, FloatingPointError says that no step was small enough."""
+    for the batch. The NFE counts every evaluation. FloatingPointError if no step is small enough."""
     from scipy.integrate import RK45  # takes a moment to import
 
     def tensor(y):

@@ -489,8 +489,7 @@ def reference(features, name, images, key, device):
     def make():
         a, b = (moments(features, images[i::2]) for i in range(2))
         noise = moments(features, common.to_uint8(normal(min(len(images), 5_000), device, 0)))
-        return {"moments": a + b, "source": "their statistics computed here",
-                "floor": frechet_distance(a, b), "noise": frechet_distance(noise, a + b)}
+        return {"moments": a + b, "floor": frechet_distance(a, b), "noise": frechet_distance(noise, a + b)}
 
     if len(images) < 2 * FEATURES[name.split("-")[0]]:
         raise InputError(f"{len(images)} real images are too few for the covariance of {name} features")
@@ -535,7 +534,7 @@ def evaluate(args, networks, images, labels, device):
         key = hashlib.sha256(images.cpu().numpy()).hexdigest()[:12]
         features, name = (classifier_features(images, labels, device, key) if args.features == "classifier"
                           else inception_features(args.fid_mode, device))
-        real = reference(features, name, images, key, device)
+        real = reference(features, name, images, key, device) | {"source": "their statistics computed here"}
         real |= precomputed(args, len(images))
     except InputError as error:
         raise InputError(f"no distance: {error}. The training and the pictures in {run} are safe, and the "
