@@ -2,6 +2,7 @@
 
     pytest                      everything, on a CPU, in a temporary folder, without network or data
     python test_cud.py          no tests: training as a script does it against the plain way, see the end
+    python test_cud.py figure   no tests: draws assets/quality.svg from the README's table
 """
 import ast
 import copy
@@ -1273,13 +1274,16 @@ def test_imagenet_differs_from_cifar10_in_what_it_must_alone():
 
 def test_readme_commands_parse_and_its_python_runs(quick, monkeypatch):
     text = (HERE / "README.md").read_text()
-    blocks = re.findall(r"```bash\n(.*?)```", text.replace("\\\n", " "), re.S)
+    show = 'python() { printf "%q " "$@"; echo; }; torchrun() { python "$@"; }; pip() { :; }; uv() { :; }\n'
+    blocks = [block for block in re.findall(r"```bash\n(.*?)```", text, re.S) if " cud_" in block]
+    command = ["bash", "-euc", show + "\n".join(blocks)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True)
     for script in SCRIPTS:
-        name = re.escape(Path(script.__file__).name)
-        found = [flags for block in blocks for flags in re.findall(name + r"([^#;&|\n]*)", block)]
+        name = Path(script.__file__).name
+        found = [line.split(name)[1] for line in said.stdout.splitlines() if name in line]
         assert len(found) >= 5
         for flags in found:
-            script.parse_args(shlex.split(re.sub(r"\$\w+", "1", flags)))
+            script.parse_args(shlex.split(flags))
     rows = re.findall(r"\| `(--run-dir [^`]*)`", text)
     folders = {cud_cifar10.parse_args(row.split()).run_dir for row in rows}
     assert len(folders) == len(rows) - 1 > 10  # one for each, and one-step goes on in RK12's
@@ -1289,6 +1293,11 @@ def test_readme_commands_parse_and_its_python_runs(quick, monkeypatch):
     assert len(blocks) >= 2
     for block in blocks:
         exec(compile(block.replace("runs/mnist/", "runs/mnist-quick/"), "README.md", "exec"), {})
+
+
+def test_readme_figure_is_drawn_from_its_table():
+    text = (HERE / "README.md").read_text()
+    assert (HERE / "assets/quality.svg").read_text() == figure(text)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -1304,6 +1313,44 @@ def test_every_flag_is_explained(script):
         assert entry.startswith(flag) and len(re.findall(r"[a-zA-Z]{2,}", said)) >= 3, entry
     assert f"(default: {script.PAPER['iterations']})" in text
     assert not list(Path().iterdir())  # importing and helping write nothing
+
+
+# --------------------------------------------------------------------------------------------------- figure
+
+
+def figure(text):
+    """An SVG of quality against NFE: the rows of the README's table that follow its header of step counts."""
+    head, *rows = re.search(r"\| method \|.*?\n\n", text, re.S)[0].strip().split("\n")
+    steps = [int(cell) for cell in head.split("|")[2:-1] if cell.strip().isdigit()]
+    left, top, width, height, high, low = 64, 20, 430, 330, 2000, 10  # pixels; FD at the top and the bottom
+    x = [left + width * math.log(n / steps[0]) / math.log(steps[-1] / steps[0]) for n in steps]
+
+    def y(fd):
+        return top + height * math.log(high / fd) / math.log(high / low)
+
+    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 520 410" width="520" height="410" '
+             'font-family="sans-serif" font-size="12"><rect width="520" height="410" fill="white"/>']
+    for fd in (10, 20, 50, 100, 200, 500, 1000, 2000):
+        parts += [f'<path d="M{left} {y(fd):.1f}h{width}" stroke="#ddd"/>',
+                  f'<text x="{left - 6}" y="{y(fd) + 4:.1f}" text-anchor="end">{fd:,}</text>']
+    parts += [f'<text x="{at:.1f}" y="{top + height + 18}" text-anchor="middle">{n}</text>'
+              for at, n in zip(x, steps)]
+    parts += [f'<text x="{left + width / 2}" y="{top + height + 40}" text-anchor="middle">'
+              'network evaluations an image (NFE), Euler</text>',
+              '<text transform="translate(14 185) rotate(-90)" text-anchor="middle">'
+              'FD (classifier), lower is better</text>']
+    styles = [("#888", "none"), ("#888", "6 3"), ("#888", "2 3"), ("#d55e00", "none"), ("#0072b2", "none")]
+    for i, (row, (colour, dashes)) in enumerate(zip(rows[1:], styles, strict=True)):
+        cells = [cell.strip(" *") for cell in row.split("|")[1:-1]]
+        figures = [re.findall(r"[\d.]+", cell.replace(",", ""))[:2] for cell in cells[-len(steps):]]
+        line = " ".join(f"{at:.1f},{y(float(mean)):.1f}" for at, (mean, _) in zip(x, figures))
+        look = f'fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="{dashes}"'
+        parts += [f'<polyline points="{line}" {look}/>', f'<path d="M270 {36 + 20 * i}h30" {look}/>',
+                  f'<text x="308" y="{40 + 20 * i}">{cells[0]}</text>']
+        for at, (mean, spread) in zip(x, figures):  # a bar from mean - spread to mean + spread
+            ends = [y(float(mean) + sign * float(spread)) for sign in (1, -1)]
+            parts.append(f'<path d="M{at:.1f} {ends[0]:.1f}V{ends[1]:.1f}" stroke="{colour}"/>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
 
 
 # ------------------------------------------------------------------------------------------------ benchmark
@@ -1427,7 +1474,9 @@ def synchronize(device):
         torch.cuda.synchronize(device)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and sys.argv[1:] == ["figure"]:
+    (HERE / "assets/quality.svg").write_text(figure((HERE / "README.md").read_text()))
+elif __name__ == "__main__":
     name, *flags = sys.argv[1:] or ["cud_mnist", *shlex.split("--batch-size 64 --coupling independent")]
     script, flags = sys.modules[name], ["--data", "glyphs", *flags]
     args = script.parse_args(flags)
