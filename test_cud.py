@@ -1274,7 +1274,7 @@ def test_imagenet_differs_from_cifar10_in_what_it_must_alone():
 
 def test_readme_commands_parse_and_its_python_runs(quick, monkeypatch):
     text = (HERE / "README.md").read_text()
-    show = 'python() { printf "%q " "$@"; echo; }; torchrun() { python "$@"; }; pip() { :; }; uv() { :; }\n'
+    show = 'python() { printf "%q " "$@"; echo; }; torchrun() { python "$@"; }; pip() { :; }\n'
     blocks = [block for block in re.findall(r"```bash\n(.*?)```", text, re.S) if " cud_" in block]
     command = ["bash", "-euc", show + "\n".join(blocks)]
     said = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -1342,7 +1342,7 @@ def figure(text):
     styles = [("#888", "none"), ("#888", "6 3"), ("#888", "2 3"), ("#d55e00", "none"), ("#0072b2", "none")]
     for i, (row, (colour, dashes)) in enumerate(zip(rows[1:], styles, strict=True)):
         cells = [cell.strip(" *") for cell in row.split("|")[1:-1]]
-        figures = [re.findall(r"[\d.]+", cell.replace(",", ""))[:2] for cell in cells[-len(steps):]]
+        figures = [re.findall(r"[\d.]+", cell.replace(",", "")) for cell in cells[-len(steps):]]
         line = " ".join(f"{at:.1f},{y(float(mean)):.1f}" for at, (mean, _) in zip(x, figures))
         look = f'fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="{dashes}"'
         parts += [f'<polyline points="{line}" {look}/>', f'<path d="M270 {36 + 20 * i}h30" {look}/>',
