@@ -34,6 +34,7 @@ and 90 % of them. On real pictures, or a GPU, the recipe was not run.
 Paper: "Catch-Up Distillation: You Only Need to Train Once for Accelerating Sampling", arXiv 2305.10769.
 """
 import argparse
+import copy
 import functools
 import hashlib
 import io
@@ -42,7 +43,6 @@ import json
 import os
 import platform
 import re
-import sys
 import time
 import zipfile
 import zlib
@@ -56,7 +56,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 
 import common
@@ -111,7 +111,7 @@ def parse_args(argv=None):
     flag("--cache", default="data/imagenet64", help="where they are kept once read, 12 kB an image")
     flag("--prepare", action="store_true", help="read --data into --cache and stop: before many ranks start")
     flag("--run-dir", help="the run's folder; one that holds a checkpoint is continued")
-    flag("--device", help="cpu, cuda, cuda:1, ...; unset: a GPU if there is one")
+    flag("--device", help="cpu, cuda, cuda:1, mps (never tried); unset: a GPU if there is one")
     flag("--seed", type=number(int, 0), default=0, help="of weights, training draws and samples")
     flag("--checkpoint-every", type=count, default=5_000, help="iterations; a sample grid comes with each")
 
@@ -391,7 +391,9 @@ class UNet(nn.Module):
                 h = block(h, emb)
             for block in self.decoder:
                 up = isinstance(block.resize, nn.Upsample)
-                h = block(h if up else torch.cat([2 * p * h, 2 * (1 - p) * skips.pop()], 1), emb)
+                if not up:  # p is float32: without the casts so would be all that follows
+                    h = torch.cat([(2 * p * h).to(h.dtype), (2 * (1 - p) * skips.pop()).to(h.dtype)], 1)
+                h = block(h, emb)
             return torch.stack([head(h).float() for head in self.heads[:heads]])
 
     def velocity(self, x, t, labels):
@@ -666,7 +668,7 @@ def fit(args, device, prefix, module, ema, draw, iterations, warmup, definition,
                    f"{sum(p.numel() for p in module.parameters() if p.requires_grad):,} trained in all")
     if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):
         torch._dynamo.config.recompile_limit = 64  # networks, batch sizes and numbers of heads share forward
-        for part in filter(None, (module.network, ema.module, getattr(module, "encoder", None))):
+        for part in filter(None, (module.network, ema, getattr(module, "encoder", None))):
             part.compile(dynamic=False)
     if start == iterations:
         return
@@ -676,10 +678,14 @@ def fit(args, device, prefix, module, ema, draw, iterations, warmup, definition,
         rows = [row for row in rows if int(row.split(",")[0]) <= start]  # later ones will be written again
         header = f"iteration,images,{','.join(module.columns)},lr,images_per_s,model_tflop_per_s\n"
         common.save(lambda file: file.write("".join([header, *rows]).encode()), table)
-    step = nn.parallel.DistributedDataParallel(module) if world() > 1 else module
+    step = module
+    if world() > 1:
+        step = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
+    averaged, current = list(ema.parameters()), list(module.network.parameters())
     never = torch.iinfo(torch.int64).max
     first_bad, kept = torch.full((), never, device=device), start  # first iteration with a non-finite loss
-    since, images_since, todo = time.time(), 0, range(start, iterations)
+    since = began = time.time()
+    images_since, todo = 0, range(start, iterations)
     with common.signals() as came, progress(todo, name, initial=start, total=iterations) as bar:
         for i in bar:
             for group in optimizer.param_groups:
@@ -694,8 +700,9 @@ def fit(args, device, prefix, module, ema, draw, iterations, warmup, definition,
                 first_bad = torch.where(loss.isfinite(), first_bad, first_bad.clamp(max=i + 1))  # no GPU sync
             optimizer.step()
             optimizer.zero_grad()
-            ema.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema_decay, (1 + i) / (10 + i)))
-            ema.update_parameters(module.network)
+            began = time.time() if i == start else began  # the first iteration compiles
+            decay = min(args.ema_decay, (1 + i) / (10 + i)) if i else 0.0  # the first weights are taken whole
+            get_ema_multi_avg_fn(decay)(averaged, current, None)
             images_since += args.batch_size
 
             stopping = int(all_reduce(torch.tensor(max(came, default=0)), dist.ReduceOp.MAX))  # on the CPU
@@ -716,16 +723,21 @@ def fit(args, device, prefix, module, ema, draw, iterations, warmup, definition,
                 totals.zero_()
                 since, images_since = time.time(), 0
             if saving:
-                common.save_pt({"model": ema.module.state_dict(), "args": module.network.config},
+                common.save_pt({"model": ema.state_dict(), "args": module.network.config},
                                run / f"{prefix.removesuffix('_') or 'model'}.pt")
                 kept = i + 1
                 common.save_pt({key: part.state_dict() for key, part in parts.items()} | dict(
                     iteration=kept, definition=definition, totals=all_reduce(totals.clone()) / world()), path)
+            if device.type == "cpu" and i == start + 20:
+                left = (time.time() - began) / 20 * (iterations - i - 1)
+                common.say(f"at this speed {common.duration(left)} remain to the last iteration"
+                           + "; a GPU is meant for this, or --quick" * (left > 86_400))
             if stopping:
+                all_reduce(torch.zeros(1))  # the others wait until rank 0 has saved
                 common.say(f"stopped and saved at iteration {i + 1}; the same command continues")
                 raise SystemExit(128 + stopping)
             if saving:
-                common.save_grid(pictures(ema.module), run / f"{prefix}samples_{i + 1:06}.png")
+                common.save_grid(pictures(ema), run / f"{prefix}samples_{i + 1:06}.png")
 
 
 def prepare(network, args, device):
@@ -740,8 +752,8 @@ def train(args, device, images, labels, classes):
     torch.manual_seed(args.seed)
     network = prepare(UNet(IMAGE, args.channels, args.multipliers, args.blocks, args.attention, args.dropout,
                            classes, heads=max(1, args.rk_order), skip_phi=args.skip_phi), args, device)
-    ema = AveragedModel(network).eval().requires_grad_(False)
-    module = CatchUp(network, ema.module.velocity if args.target == "ema" else None, args)
+    ema = copy.deepcopy(network).eval().requires_grad_(False)
+    module = CatchUp(network, ema.velocity if args.target == "ema" else None, args)
     own = slice(rank() * args.batch_size // world(), (rank() + 1) * args.batch_size // world())
     reader, ahead = ThreadPoolExecutor(1), {}
 
@@ -750,19 +762,20 @@ def train(args, device, images, labels, classes):
         draws = generator("cpu", args.seed, 9, i)
         index = torch.randint(len(images), (args.batch_size,), generator=draws)[own]
         x = images.numpy()[index.numpy()]  # torch's own threads would get into the way of the training's
-        batch = torch.from_numpy(x), labels[index]
-        return [part.pin_memory() for part in batch] if device.type == "cuda" else batch
+        return torch.from_numpy(x), labels[index]
 
     def draw(i):
         """This rank's part of batch i, from (seed, i) alone: resuming needs no state."""
-        batch = ahead.pop(i, None) or reader.submit(gather, i)
+        batch = (ahead.pop(i, None) or reader.submit(gather, i)).result()
         ahead[i + 1] = reader.submit(gather, i + 1)  # read while the device is busy with this one
         options = dict(size=(args.batch_size,), device=device, generator=generator(device, args.seed, 2, i))
         noise = normal(args.batch_size, device, args.seed, 3, i)
         t, uniform = EPS + (1 - EPS) * torch.rand(**options), torch.rand(**options)
         h = STEP_RULES[args.step_rule](t, args.intervals, uniform)
         torch.manual_seed(seed_of(args.seed, 4, i, rank()))  # dropout
-        x, label = (part.to(device, non_blocking=True) for part in batch.result())
+        if device.type == "cuda":
+            batch = [part.pin_memory() for part in batch]  # so that the host need not wait for the copy
+        x, label = (part.to(device, non_blocking=True) for part in batch)
         x = common.to_float(x)
         if args.flip:
             x = torch.where(torch.rand(**options)[own].view(-1, 1, 1, 1) < 0.5, x.flip(3), x)
@@ -772,7 +785,7 @@ def train(args, device, images, labels, classes):
     fit(args, device, "", module, ema, draw, args.iterations, min(args.warmup, args.iterations // 10),
         {k: v for k, v in vars(args).items() if k not in NOT_TRAINING},
         lambda network: sample(network, pictures, args.solver, args.steps[-1], args, device)[0])
-    return ema.module
+    return ema
 
 
 # ------------------------------------------------------------------------------------------ reading the data
@@ -878,15 +891,27 @@ def read_once(data, cache):
 
 
 def pick_device(name):
-    """The device asked for, or a GPU if there is one; under torchrun each rank has its own."""
+    """The device of this process, made the current one: `name`, or a GPU if there is one. Where torchrun
+    starts several ranks, "cuda" gives each the GPU of its local number."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.split(":")[0] not in ("cpu", "cuda", "mps"):
+        raise InputError(f"--device {name} is not known: cpu, cuda, cuda:1 and so on, or mps")
+    if name.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+        raise InputError(f"--device {name} would be one GPU for all ranks; --device cuda gives each its own")
     try:
-        device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and world() > 1 else name)
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        device = torch.device("cuda", local) if name == "cuda" else torch.device(name)
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise InputError(f"--device {name} is not to be had here") from None
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise common.RankError(f"--device {name} is not to be had here ({reason})") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # shapes are fixed: the fastest convolution is looked for once
+    elif device.type == "cpu":
+        common.keep_freed_memory()
+    else:
+        common.say(f"on {device.type} this has never been run: please report what happens")
     torch.set_float32_matmul_precision("high")  # TF32 where float32 is left
     return device
 
@@ -894,8 +919,7 @@ def pick_device(name):
 def main(argv=None):
     """The command line; returns the exit status."""
     try:
-        if "LOCAL_RANK" in os.environ:
-            dist.init_process_group()  # gloo for the CPU, NCCL for CUDA
+        common.start_ranks()
         args = parse_args(argv)
         device = pick_device(args.device)
         with common.rank_zero_first():
@@ -906,15 +930,10 @@ def main(argv=None):
         evaluate(args, train(args, device, images, labels, len(classes)), images, labels, kind, device)
         return 0
     except (InputError, OSError, FloatingPointError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # once a node: it may lack what others have
-            print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
-        return 2
+        return common.explain(error, __file__)
     except KeyboardInterrupt:  # while training, Ctrl-C is caught earlier and saves
         return 130
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    common.run_main(main)
