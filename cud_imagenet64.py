@@ -234,9 +234,9 @@ def catch_up_loss(network, x, z, t, h, order=1, points="published", velocity=Non
 
 
 @functools.cache
-def detail_filters(device):
+def detail_filters(device, dtype):
     """The filters of `details`, [3, 1, 6, 6]: low- and high-pass, high- and low-pass, high-pass twice."""
-    low = torch.tensor(DB3)
+    low = torch.tensor(DB3, dtype=dtype)
     high = low.flip(0) * torch.tensor([-1, 1, -1, 1, -1, 1])
     bands = [torch.outer(a, b).flip(0, 1) for a, b in ((low, high), (high, low), (high, high))]
     return torch.stack(bands)[:, None].to(device)
@@ -245,7 +245,7 @@ def detail_filters(device):
 def details(x):
     """The three detail bands of the finest level of a db3 transform with zero padding, as convolution:
     [B, C, H, W] -> [B, 3 C, H', W'], H' = floor((H + 5) / 2); linear in x."""
-    filters = detail_filters(x.device).repeat(x.shape[1], 1, 1, 1)
+    filters = detail_filters(x.device, x.dtype).repeat(x.shape[1], 1, 1, 1)
     return F.conv2d(F.pad(x, (4, 5, 4, 5)), filters, stride=2, groups=x.shape[1])
 
 
@@ -375,9 +375,9 @@ class UNet(nn.Module):
 
     def forward(self, x, t, labels, heads=None):
         """x [B, C, H, W], t [B], labels [B], or [B / k] for k batches of the same classes one after the other
-        -> the first `heads` heads (or all), float32 [heads, B, C, H, W]."""
+        -> the first `heads` heads (or all), of x's type [heads, B, C, H, W]."""
         half = self.channels // 2
-        angle = t[:, None] * 10_000 ** (-torch.arange(half, device=t.device) / half)
+        angle = t[:, None] * 10_000 ** (-torch.arange(half, dtype=t.dtype, device=t.device) / half)
         emb = self.embed(torch.cat([angle.cos(), angle.sin()], 1))  # float32: bfloat16 resolves t to 0.004
         emb = F.silu(emb + self.embed_class(labels.repeat(len(x) // len(labels))))
         p = (t * (1 - 2 * self.skip_phi) + self.skip_phi).view(-1, 1, 1, 1)
@@ -394,7 +394,7 @@ class UNet(nn.Module):
                 if not up:  # p is float32: without the casts so would be all that follows
                     h = torch.cat([(2 * p * h).to(h.dtype), (2 * (1 - p) * skips.pop()).to(h.dtype)], 1)
                 h = block(h, emb)
-            return torch.stack([head(h).float() for head in self.heads[:heads]])
+            return torch.stack([head(h).to(x.dtype) for head in self.heads[:heads]])
 
     def velocity(self, x, t, labels):
         """v_1 alone, what sampling integrates: x [B, C, H, W], t [B], labels [B] -> [B, C, H, W]."""

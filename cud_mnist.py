@@ -325,9 +325,9 @@ class UNet(nn.Module):
                                    for _ in range(heads))
 
     def forward(self, x, t, heads=None):
-        """x [B, C, H, W], t [B] -> the first `heads` heads (or all), float32 [heads, B, c_out, H, W]."""
+        """x [B, C, H, W], t [B] -> the first `heads` heads (or all), of x's type [heads, B, c_out, H, W]."""
         half = self.channels // 2
-        angle = t[:, None] * 10_000 ** (-torch.arange(half, device=t.device) / (half - 1))
+        angle = t[:, None] * 10_000 ** (-torch.arange(half, dtype=t.dtype, device=t.device) / (half - 1))
         emb = self.embed(torch.cat([angle.sin(), angle.cos()], 1))  # float32: bfloat16 resolves t to 0.004
         p = (t * (1 - 2 * self.skip_phi) + self.skip_phi).view(-1, 1, 1, 1)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
@@ -343,7 +343,7 @@ class UNet(nn.Module):
                 if not up:  # p is float32: without the casts so would be all that follows
                     h = torch.cat([(2 * p * h).to(h.dtype), (2 * (1 - p) * skips.pop()).to(h.dtype)], 1)
                 h = block(h, emb)
-            return torch.stack([head(h).float() for head in self.heads[:heads]])
+            return torch.stack([head(h).to(x.dtype) for head in self.heads[:heads]])
 
     def velocity(self, x, t):
         """v_1 alone, what sampling integrates: x [B, C, H, W], t [B] -> [B, C, H, W]."""
