@@ -298,7 +298,7 @@ def load_model(path, device="cpu"):
     saved = common.load_pt(path, ["model", "args"])
     network = UNet(**saved["args"])
     network.load_state_dict(saved["model"])
-    network.images_seen = saved.get("images_seen")
+    network.source, network.images_seen = path, saved.get("images_seen")
     return network.to(device).eval().requires_grad_(False)
 
 
@@ -371,7 +371,7 @@ class Stage:
     warmup: int  # iterations in which the learning rate rises
     definition: dict  # flags, by name, on which a checkpoint must agree
     pictures: Callable  # network -> uint8 [n, C, H, W] to look at
-    evaluate: Callable | None = None  # model file -> None, for --evaluate-every
+    evaluate: Callable | None = None  # network -> None, for --evaluate-every
 
 
 class Training:
@@ -390,6 +390,7 @@ class Training:
         self.never = torch.iinfo(torch.int64).max
         self.first_bad = torch.full((), self.never, device=device)  # first iteration with a non-finite loss
         self.start = self.kept = self.resume() if self.checkpoint.exists() else 0  # iterations
+        stage.ema.source, stage.ema.images_seen = self.model, self.start * args.batch_size
         if not self.start and self.model.exists():
             raise InputError(f"{self.model} has no {self.checkpoint.name} to continue from: --model "
                              f"{self.model} evaluates it, another --run-dir trains anew")
@@ -493,8 +494,9 @@ class Training:
 
     def save_model(self, path, done):
         """The average's weights, for load_model."""
-        common.save_pt({"model": self.stage.ema.state_dict(), "args": self.stage.ema.config,
-                        "images_seen": done * self.args.batch_size}, path)
+        ema, seen = self.stage.ema, done * self.args.batch_size
+        common.save_pt({"model": ema.state_dict(), "args": ema.config, "images_seen": seen}, path)
+        ema.source, ema.images_seen = path, seen
         all_reduce(torch.zeros(1))  # no rank goes on, or ends, before rank 0 has saved
 
     def save(self, done):
@@ -513,7 +515,7 @@ def fit(stage, args, device):
     if training.start == stage.iterations:
         if int(all_reduce(torch.tensor(int(not training.model.exists())))):  # it can be written again
             training.save_model(training.model, stage.iterations)
-        return
+        return compile_networks([stage.ema], args, device)
     with common.locked(args.run_dir), common.signals() as stop:
         training.begin()
         todo = range(training.start, stage.iterations)
@@ -541,13 +543,13 @@ def fit(stage, args, device):
                 common.save_grid(stage.pictures(stage.ema), picture)
                 if evaluating and not last:
                     training.save_model(training.run / f"model_{done:07}.pt", done)
-                    stage.evaluate(training.run / f"model_{done:07}.pt")
+                    stage.evaluate(stage.ema)
                 stop.at_once = False
                 training.since += time.time() - began  # a row's speed is that of training alone
 
 
 def train(args, device, data):
-    """The one training session; leaves the average of the network in model.pt."""
+    """The one training session; returns the average of the network."""
     torch.manual_seed(args.seed)
     shape = dict(image=IMAGE, multipliers=args.multipliers, attention=args.attention, dropout=args.dropout)
     network = prepare(UNet(**shape, channels=args.channels, blocks=args.blocks, classes=len(data.classes),
@@ -585,9 +587,9 @@ def train(args, device, data):
     def pictures(network):
         return sample(network, shown, args.solver, args.steps[-1], args, device).images
 
-    def judge(file):
+    def judge(network):
         try:
-            evaluate(args, device, data, {"model": file})
+            evaluate(args, device, data, {"model": network})
         except InputError as error:  # the training goes on without
             common.say(str(error))
 
@@ -595,6 +597,7 @@ def train(args, device, data):
                   iterations=args.iterations, warmup=min(args.warmup, args.iterations // 10),
                   definition=args.definition | {"data": data.sha256[:12]}, pictures=pictures, evaluate=judge)
     fit(stage, args, device)
+    return ema
 
 
 # ----------------------------------------------------------------------------------- sampling and evaluation
@@ -784,13 +787,11 @@ def agreement(images, wanted, data, device):
     return (torch.cat(found) == wanted).float().mean().item()
 
 
-def evaluate(args, device, data, files):
-    """Pictures, samples.npz and Frechet distances, over drawn classes, of the model file {"model": path}."""
-    run = Path(args.run_dir)
-    network = prepare(load_model(files["model"]), args, device)
-    compile_networks([network], args, device)
+def evaluate(args, device, data, networks):
+    """Pictures, samples.npz and Frechet distances, over drawn classes, of {"model": network}."""
+    run, network = Path(args.run_dir), networks["model"]
     classes, plan = network.config["classes"], [None] if args.solver == "dopri5" else args.steps
-    for steps in plan:  # first: whatever happens to the figures, they are there
+    for steps in plan:  # first: they stay, whatever happens to the figures
         drawn = sample(network, grid_labels(args, classes), args.solver, steps, args, device)
         common.save_grid(drawn.images, run / f"samples_model_{args.solver}{steps or ''}.png")
         if rank() == 0 and (steps or max(args.steps)) == max(args.steps):
@@ -831,7 +832,7 @@ def evaluate(args, device, data, files):
                    + ("" if share is None else f"{share:13.1%}"))
         common.add_result(run, head | dict(
             weights="model EMA", solver=args.solver, steps=steps, tolerance=None if steps else args.tolerance,
-            model_sha256=common.sha256(files["model"])[:12]), dict(
+            model_sha256=common.sha256(network.source)[:12]), dict(
             value=value, nfe=drawn.nfe, straightness=drawn.straightness, floor=real.floor, noise=real.noise,
             right_class=share, torch=torch.__version__, device=str(device)))
 
@@ -947,10 +948,12 @@ def main(argv=None):
         if args.prepare:
             return 0
         run.mkdir(parents=True, exist_ok=True)
-        files = {"model": Path(args.model or run / "model.pt")}
-        if not args.model:
-            train(args, device, data)
-        evaluate(args, device, data, files)
+        if args.model:
+            networks = {"model": prepare(load_model(args.model), args, device)}
+            compile_networks(networks.values(), args, device)
+        else:
+            networks = {"model": train(args, device, data)}
+        evaluate(args, device, data, networks)
         common.say(f"Pictures (samples_*.png, metrics.svg) and results.jsonl are in {run}. Next, maybe:\n"
                    f"    python {args.script} --run-dir {run} --solver ab2 --steps 3 5 9\n"
                    f"    python {args.script} --run-dir runs/order3 --rk-order 3" + " --quick" * args.quick)

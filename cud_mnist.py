@@ -264,7 +264,7 @@ def load_model(path, device="cpu"):
     saved = common.load_pt(path, ["model", "args"])
     network = UNet(**saved["args"])
     network.load_state_dict(saved["model"])
-    network.images_seen = saved.get("images_seen")
+    network.source, network.images_seen = path, saved.get("images_seen")
     return network.to(device).eval().requires_grad_(False)
 
 
@@ -333,7 +333,7 @@ class Stage:
     warmup: int  # iterations in which the learning rate rises
     definition: dict  # flags, by name, on which a checkpoint must agree
     pictures: Callable  # network -> uint8 [n, C, H, W] to look at
-    evaluate: Callable | None = None  # model file -> None, for --evaluate-every
+    evaluate: Callable | None = None  # network -> None, for --evaluate-every
 
 
 class Training:
@@ -352,6 +352,7 @@ class Training:
         self.never = torch.iinfo(torch.int64).max
         self.first_bad = torch.full((), self.never, device=device)  # first iteration with a non-finite loss
         self.start = self.kept = self.resume() if self.checkpoint.exists() else 0  # iterations
+        stage.ema.source, stage.ema.images_seen = self.model, self.start * args.batch_size
         if not self.start and self.model.exists():
             raise InputError(f"{self.model} has no {self.checkpoint.name} to continue from: --model "
                              f"{self.model} evaluates it, another --run-dir trains anew")
@@ -455,8 +456,9 @@ class Training:
 
     def save_model(self, path, done):
         """The average's weights, for load_model."""
-        common.save_pt({"model": self.stage.ema.state_dict(), "args": self.stage.ema.config,
-                        "images_seen": done * self.args.batch_size}, path)
+        ema, seen = self.stage.ema, done * self.args.batch_size
+        common.save_pt({"model": ema.state_dict(), "args": ema.config, "images_seen": seen}, path)
+        ema.source, ema.images_seen = path, seen
         all_reduce(torch.zeros(1))  # no rank goes on, or ends, before rank 0 has saved
 
     def save(self, done):
@@ -475,7 +477,7 @@ def fit(stage, args, device):
     if training.start == stage.iterations:
         if int(all_reduce(torch.tensor(int(not training.model.exists())))):  # it can be written again
             training.save_model(training.model, stage.iterations)
-        return
+        return compile_networks([stage.ema], args, device)
     with common.locked(args.run_dir), common.signals() as stop:
         training.begin()
         todo = range(training.start, stage.iterations)
@@ -503,13 +505,13 @@ def fit(stage, args, device):
                 common.save_grid(stage.pictures(stage.ema), picture)
                 if evaluating and not last:
                     training.save_model(training.run / f"model_{done:07}.pt", done)
-                    stage.evaluate(training.run / f"model_{done:07}.pt")
+                    stage.evaluate(stage.ema)
                 stop.at_once = False
                 training.since += time.time() - began  # a row's speed is that of training alone
 
 
 def train(args, device, data):
-    """The one training session; leaves the average of the network in model.pt."""
+    """The one training session; returns the average of the network."""
     torch.manual_seed(args.seed)
     shape = dict(image=IMAGE, multipliers=args.multipliers, attention=args.attention, dropout=args.dropout)
     network = prepare(UNet(**shape, channels=args.channels, blocks=args.blocks, heads=max(1, args.rk_order),
@@ -537,9 +539,9 @@ def train(args, device, data):
     def pictures(network):
         return sample(network, 64, args.solver, args.steps[-1], args, device).images
 
-    def judge(file):
+    def judge(network):
         try:
-            evaluate(args, device, data, {"model": file})
+            evaluate(args, device, data, {"model": network})
         except InputError as error:  # the training goes on without
             common.say(str(error))
 
@@ -547,6 +549,7 @@ def train(args, device, data):
                   iterations=args.iterations, warmup=min(args.warmup, args.iterations // 10),
                   definition=args.definition | {"data": data.sha256[:12]}, pictures=pictures, evaluate=judge)
     fit(stage, args, device)
+    return ema
 
 
 # -------------------------------------------------------------------------------------------- one-step stage
@@ -583,9 +586,8 @@ def one_step_pairs(args, teacher, device):
     return torch.cat(noise)[:n], torch.cat(targets)[:n]
 
 
-def train_one_step(args, device):
-    """The additional training of model.pt in three stages, one for each target; leaves one_step.pt."""
-    teacher = prepare(load_model(Path(args.run_dir) / "model.pt"), args, device)
+def train_one_step(args, device, teacher):
+    """The additional training in three stages, one for each target; returns the average of the student."""
     student = prepare(UNet(**teacher.config), args, device)
     student.load_state_dict(teacher.state_dict())
     student.heads[1:].requires_grad_(False)
@@ -594,7 +596,6 @@ def train_one_step(args, device):
 
     def draw(i):
         if not pairs:  # made when first asked for: a finished student needs none
-            compile_networks([teacher], args, device)
             pairs.extend(one_step_pairs(args, teacher, device))
         index = torch.randint(len(pairs[0]), (args.batch_size // world(),), device=device,
                               generator=common.generator(device, args.seed, 6, i, rank()))
@@ -609,6 +610,7 @@ def train_one_step(args, device):
                   iterations=3 * args.one_step_iterations, warmup=0, definition=args.definition | more,
                   pictures=pictures)
     fit(stage, args, device)
+    return ema
 
 
 # ----------------------------------------------------------------------------------- sampling and evaluation
@@ -772,21 +774,19 @@ def reference(features, name, data, device):
     return Reference(known, saved["floor"], saved["noise"], "their statistics computed here")
 
 
-def plan(args, files):
+def plan(args, networks):
     """What is drawn and judged: (weights, solver, steps), steps None for dopri5."""
     steps = [None] if args.solver == "dopri5" else args.steps
     rows = [("model", args.solver, n) for n in steps]
-    if "one-step" in files:
+    if "one-step" in networks:
         rows += [row for row in (("model", "euler", 1), ("one-step", "euler", 1)) if row not in rows]
     return rows
 
 
-def evaluate(args, device, data, files):
-    """Pictures, samples.npz and Frechet distances of model files {"model": path, maybe "one-step": path}."""
+def evaluate(args, device, data, networks):
+    """Pictures, samples.npz and Frechet distances of {"model": network, maybe "one-step": network}."""
     run = Path(args.run_dir)
-    networks = {name: prepare(load_model(path), args, device) for name, path in files.items()}
-    compile_networks(networks.values(), args, device)
-    for weights, solver, steps in plan(args, files):  # first: whatever happens to the figures, they are there
+    for weights, solver, steps in plan(args, networks):  # first: they stay, whatever happens to the figures
         drawn = sample(networks[weights], 64, solver, steps, args, device)
         common.save_grid(drawn.images, run / f"samples_{weights}_{solver}{steps or ''}.png")
         if rank() == 0 and weights == "model" and (steps or max(args.steps)) == max(args.steps):
@@ -815,13 +815,13 @@ def evaluate(args, device, data, files):
                "(NFE: network evaluations an image. Real images, halved: the distance between two halves)\n"
                f"{'weights':10}{'solver':8}{'NFE':>6}{figure:>18}{'straightness':>14}\n"
                f"{'real images, halved':24}{real.floor:18.3f}\n{'pure noise':24}{real.noise:18.3f}")
-    for weights, solver, steps in plan(args, files):
+    for weights, solver, steps in plan(args, networks):
         drawn = sample(networks[weights], args.fid_samples, solver, steps, args, device)
         value = frechet_distance(moments(features, drawn.images), real.moments)
         common.say(f"{weights:10}{solver:8}{drawn.nfe:6.4g}{value:18.3f}{drawn.straightness:14.5f}")
         common.add_result(run, head | dict(
             weights=f"{weights} EMA", solver=solver, steps=steps, tolerance=None if steps else args.tolerance,
-            model_sha256=common.sha256(files[weights])[:12]), dict(
+            model_sha256=common.sha256(networks[weights].source)[:12]), dict(
             value=value, nfe=drawn.nfe, straightness=drawn.straightness, floor=real.floor, noise=real.noise,
             torch=torch.__version__, device=str(device)))
 
@@ -937,13 +937,14 @@ def main(argv=None):
         with common.rank_zero_first():
             data = load_data(args)
         run.mkdir(parents=True, exist_ok=True)
-        files = {"model": Path(args.model or run / "model.pt")}
-        if not args.model:
-            train(args, device, data)
-        if args.one_step and not args.model:
-            train_one_step(args, device)
-            files["one-step"] = run / "one_step.pt"
-        evaluate(args, device, data, files)
+        if args.model:
+            networks = {"model": prepare(load_model(args.model), args, device)}
+            compile_networks(networks.values(), args, device)
+        else:
+            networks = {"model": train(args, device, data)}
+            if args.one_step:
+                networks["one-step"] = train_one_step(args, device, networks["model"])
+        evaluate(args, device, data, networks)
         common.say(f"Pictures (samples_*.png, metrics.svg) and results.jsonl are in {run}. Next, maybe:\n"
                    f"    python {args.script} --run-dir {run} --solver ab2 --steps 3 5 9\n"
                    f"    python {args.script} --run-dir runs/order3 --rk-order 3" + " --quick" * args.quick)
