@@ -82,16 +82,15 @@ class Parser(argparse.ArgumentParser):
             self.kinds[group.add_argument(name, **options).dest] = kind
         return flag
 
-    def read(self, argv, quick):
-        """The flags: those given; else those in the run folder's config.json; else, with --quick, those of
-        `quick`; else the defaults. Beside them stand args.definition {flag: value} of those that define the
-        run, args.config of all that its folder is to remember, and args.said of those given or remembered.
+    def read(self, argv, implied):
+        """The flags: those given; else those in the run folder's config.json; else those of implied(given);
+        else the defaults. Beside them stand args.definition {flag: value} of those that define the run,
+        args.config of all that its folder is to remember, and args.said of those given or remembered.
         InputError where a flag that defines the run contradicts config.json."""
         unset = object()
         given = vars(self.parse_args(argv, argparse.Namespace(**dict.fromkeys(self.kinds, unset))))
         given = {name: value for name, value in given.items() if value is not unset}
-        if given.get("quick"):
-            self.set_defaults(**quick)
+        self.set_defaults(**implied(given))
         args, taken = self.parse_args(argv), {}
         path = Path(args.run_dir) / "config.json"
         if path.exists() and not args.model:

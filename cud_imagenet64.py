@@ -12,7 +12,7 @@ finds. The trajectories become straight, so few steps suffice, without a teacher
     t in [0, 1]   time: t = 0 is data, t = 1 is noise
     x_t           t z + (1 - t) x
     u             dx_t/dt = z - x, the true velocity
-    v_1 .. v_k    the network's heads at (x_t, t); sampling integrates v_1
+    v_1 .. v_k    the network's heads at (x_t, t); sampling integrates the last, or --head
     k             --rk-order: 1, 2, 3 are the paper's RK12, RK23, RK34; 0 is rectified flow, one head and no y
     h             the step, drawn for each sample
     k_1 .. k_k    the Runge-Kutta slopes: k_i is v_1 at time t - (i - 1) h
@@ -146,6 +146,30 @@ def catch_up_loss(network, x, z, t, h, order=1, points="published", velocity=Non
     return (v - y).square().flatten(2).mean(2).sum(0), truth
 
 
+def distillation_loss(network, teacher, ema, x, z, t, h, target):
+    """The loss [B] of a student with one head whose slopes a frozen teacher makes, without truth or encoder.
+
+    teacher, ema: callables (x [B, ...], t [B]) -> velocity [B, ...]. What `target` draws the student to:
+    "consistency": landing where the EMA lands from X_1, weighed by t^2 (Song et al. 2023, eq. 7);
+    "progressive": the teacher's mean slope over two Euler steps (Salimans & Ho 2022);
+    "ema": the EMA's velocity at X_1 (what the released code calls consistency distillation).
+    Steps are shortened to end at EPS, so that the truth u never takes a target's place.
+    """
+    h = torch.minimum(h, (t - EPS) / (2 if target == "progressive" else 1))
+    x_t = align(t, x) * z + (1 - align(t, x)) * x
+    v = network(x_t, t)[0]
+    with torch.no_grad():
+        k_1 = teacher(x_t, t)
+        where, when = catch_up_points(teacher, x_t, t, h, k_1)
+        y = (teacher if target == "progressive" else ema)(where[0], when[0])
+    if target == "progressive":
+        y = (k_1 + y) / 2
+    error = v - y
+    if target == "consistency":
+        error = x_t - align(t, x) * v - (where[0] - align(when[0], x) * y)
+    return error.square().flatten(1).mean(1)
+
+
 DB3 = (  # Daubechies' low-pass filter with three vanishing moments
     0.035226291882100656, -0.08544127388224149, -0.13501102001039084, 0.4598775021193313, 0.8068915093133388,
     0.3326705529509569)
@@ -240,7 +264,7 @@ class UNet(nn.Module):
             raise InputError(f"--multipliers: {image[1]} px cannot be halved {len(multipliers) - 1} times")
         if not set(attention) <= set(sizes):
             raise InputError(f"--attention {attention}: the levels have the sizes {sizes}")
-        self.channels, self.skip_phi, self.amp = channels, skip_phi, False
+        self.channels, self.skip_phi, self.amp, self.head = channels, skip_phi, False, heads
         c, emb = channels, 4 * channels
         self.embed = nn.Sequential(nn.Linear(c, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.embed_class = nn.Embedding(classes, emb)
@@ -266,9 +290,9 @@ class UNet(nn.Module):
         self.heads = nn.ModuleList(nn.Sequential(norm(c), nn.SiLU(), zero(conv(c, image[0], 3)))
                                    for _ in range(heads))
 
-    def forward(self, x, t, labels, heads=None):
+    def forward(self, x, t, labels, heads=slice(None)):
         """x [B, C, H, W], t [B], labels [B], or [B / k] for k batches of the same classes one after the other
-        -> the first `heads` heads (or all), of x's type [heads, B, C, H, W]."""
+        -> these heads (all by default), of x's type [heads, B, C, H, W]."""
         half = self.channels // 2
         angle = t[:, None] * 10_000 ** (-torch.arange(half, dtype=t.dtype, device=t.device) / half)
         emb = self.embed(torch.cat([angle.cos(), angle.sin()], 1))  # float32: bfloat16 resolves t to 0.004
@@ -286,20 +310,46 @@ class UNet(nn.Module):
                 if block.resample != "up":  # p is float32: without the casts so would be all that follows
                     h = torch.cat([(2 * p * h).to(h.dtype), (2 * (1 - p) * skips.pop()).to(h.dtype)], 1)
                 h = block(h, emb)
-            return torch.stack([head(h).to(x.dtype) for head in self.heads[:heads]])
+            return torch.stack([head(h).to(x.dtype) for head in self.heads[heads]])
 
     def velocity(self, x, t, labels):
-        """v_1 alone, what sampling integrates: x [B, C, H, W], t [B], labels [B] -> [B, C, H, W]."""
-        return self(x, t, labels, heads=1)[0]
+        """v_1, which makes stages and targets: x [B, C, H, W], t [B], labels [B] -> [B, C, H, W]."""
+        return self(x, t, labels, slice(0, 1))[0]
+
+    def sampled(self, x, t, labels):
+        """The chosen head's velocity, which sampling integrates; as velocity()."""
+        return self(x, t, labels, slice(self.head - 1, self.head))[0]
+
+    def choose(self, head):
+        """Let v_head sample, by default the last. InputError where there is none."""
+        if head and head > len(self.heads):
+            raise InputError(f"--head {head}: there are {len(self.heads)}")
+        self.head = head or len(self.heads)
 
 
-def load_model(path, device="cpu"):
-    """The network that a run has saved, in evaluation mode, without gradients."""
+def load_model(path, device="cpu", head=None):
+    """The network that a run has saved, in evaluation mode, without gradients; head samples, by default the
+    last."""
     saved = common.load_pt(path, ["model", "args"])
     network = UNet(**saved["args"])
     network.load_state_dict(saved["model"])
+    network.choose(head)
     network.source, network.images_seen = path, saved.get("images_seen")
     return network.to(device).eval().requires_grad_(False)
+
+
+def begin_from(saved, heads, dropout):
+    """A network with `heads` heads that begins with the weights of a saved one, its last head standing in for
+    those that it lacks; saved: what load_model reads."""
+    if tuple(saved["args"]["image"]) != IMAGE:
+        raise InputError(f"--teacher, --init: that model makes images {saved['args']['image']}, not {IMAGE}")
+    network, given = UNet(**saved["args"] | dict(heads=heads, dropout=dropout)), saved["args"]["heads"]
+    weights = dict(saved["model"])
+    for name in network.state_dict().keys() - weights.keys():
+        head, part = name.removeprefix("heads.").split(".", 1)
+        weights[name] = weights[f"heads.{given - 1}.{part}"]
+    network.load_state_dict({name: weights[name] for name in network.state_dict()})
+    return network
 
 
 def prepare(network, args, device):
@@ -333,23 +383,31 @@ class CatchUp(nn.Module):
 
     columns = "loss catchup truth wavelet loss_t_0_25 loss_t_25_50 loss_t_50_75 loss_t_75_100".split()
 
-    def __init__(self, network, target, args):
+    def __init__(self, network, target, args, teacher=None):
         super().__init__()
-        self.network, self.target, self.args = network, target, args
+        self.network, self.target, self.args, self.teacher = network, target, args, teacher  # two velocities
 
     def forward(self, x, noise, t, h, done, labels):
         """x, noise [B, C, H, W]; t, h, labels [B]; done i/I. Mean loss; sums, counts [2, columns] to log."""
-        args, x0_hat, target = self.args, [], self.target or self.network.velocity
+        args, x0_hat = self.args, []
+
+        def told(velocity):
+            return functools.partial(velocity, labels=labels)
 
         def network(x_t, t):
             v = self.network(x_t, t, labels)
             x0_hat.append(x_t - t.view(-1, 1, 1, 1) * v[0])
             return v
 
-        catchup, truth = catch_up_loss(network, x, noise, t, h, args.rk_order, args.rk_points,
-                                       lambda x, t: self.network.velocity(x, t, labels),
-                                       lambda x, t: target(x, t, labels))
-        wavelet = wavelet_loss(x0_hat[0], x)
+        if self.teacher:
+            catchup = distillation_loss(network, told(self.teacher), told(self.target), x, noise, t, h,
+                                        args.target)
+            truth = wavelet = torch.zeros_like(t)
+        else:
+            catchup, truth = catch_up_loss(network, x, noise, t, h, args.rk_order, args.rk_points,
+                                           told(self.network.velocity),
+                                           told(self.target or self.network.velocity))
+            wavelet = wavelet_loss(x0_hat[0], x)
         w_1, w_2 = (2 * done, 2 * (1 - done)) if args.loss_ramp else (1, 1)
         loss = w_1 * catchup + w_2 * truth + args.wavelet_weight * wavelet
         with torch.no_grad():
@@ -366,6 +424,7 @@ class Stage:
     name: str  # "" or "one_step_": begins the names of its files
     loss: nn.Module  # loss(*draw(i)): the mean loss, and what to log of it; loss.network is what learns
     ema: nn.Module  # the running average of loss.network, which samples
+    networks: list  # to compile
     draw: Callable  # i -> this rank's batch of iteration i, from (seed, i) alone: resuming needs no state
     iterations: int
     warmup: int  # iterations in which the learning rate rises
@@ -426,7 +485,7 @@ class Training:
                    f"{self.flops * args.batch_size / 1e9:,.1f} GFLOP each; "
                    f"{sum(p.numel() for p in stage.loss.network.parameters()):,} network parameters, "
                    f"{sum(p.numel() for p in self.trained):,} trained in all")
-        compile_networks([stage.ema, *stage.loss.children()], args, self.device)
+        compile_networks(stage.networks, args, self.device)
         self.step = stage.loss
         if world() > 1:
             self.step = nn.parallel.DistributedDataParallel(self.step, gradient_as_bucket_view=True)
@@ -552,10 +611,17 @@ def train(args, device, data):
     """The one training session; returns the average of the network."""
     torch.manual_seed(args.seed)
     shape = dict(image=IMAGE, multipliers=args.multipliers, attention=args.attention, dropout=args.dropout)
-    network = prepare(UNet(**shape, channels=args.channels, blocks=args.blocks, classes=len(data.classes),
-                           heads=max(1, args.rk_order), skip_phi=args.skip_phi), args, device)
+    heads, known = max(1, args.rk_order), {"data": data.sha256[:12]}
+    network = UNet(**shape, channels=args.channels, blocks=args.blocks, classes=len(data.classes),
+                   heads=heads, skip_phi=args.skip_phi)
+    if file := args.teacher or args.init:
+        network = begin_from(common.load_pt(file, ["model", "args"]), heads, args.dropout)
+        known["teacher" if args.teacher else "init"] = common.sha256(file)[:12]
+    network = prepare(network, args, device)
+    network.choose(args.head)
+    teacher = prepare(load_model(args.teacher), args, device) if args.teacher else None
     ema = copy.deepcopy(network).eval().requires_grad_(False)
-    target = ema.velocity if args.target == "ema" else None
+    target = None if args.target == "online" else ema.velocity
     own = slice(rank() * args.batch_size // world(), (rank() + 1) * args.batch_size // world())
     reader, ahead, shown = ThreadPoolExecutor(1), {}, grid_labels(args, len(data.classes))
 
@@ -593,9 +659,11 @@ def train(args, device, data):
         except InputError as error:  # the training goes on without
             common.say(str(error))
 
-    stage = Stage(name="", loss=CatchUp(network, target, args), ema=ema, draw=draw,
+    loss = CatchUp(network, target, args, teacher and teacher.velocity)
+    stage = Stage(name="", loss=loss, ema=ema,
+                  networks=[part for part in (network, ema, teacher) if part], draw=draw,
                   iterations=args.iterations, warmup=min(args.warmup, args.iterations // 10),
-                  definition=args.definition | {"data": data.sha256[:12]}, pictures=pictures, evaluate=judge)
+                  definition=args.definition | known, pictures=pictures, evaluate=judge)
     fit(stage, args, device)
     return ema
 
@@ -624,7 +692,7 @@ def sample(network, labels, solver, steps, args, device):
     sums, x0_hats = torch.zeros(3, device=device), None  # of batches, their NFE and straightness
     for i in progress(range(rank(), ceil_div(n, size), world()), f"{solver} {steps}, batches of {size}"):
         z, path = normal(size, device, args.sample_seed, 1, i), []
-        velocity = functools.partial(network.velocity, labels=labels[i * size:(i + 1) * size].to(device))
+        velocity = functools.partial(network.sampled, labels=labels[i * size:(i + 1) * size].to(device))
         x, nfe = common.SOLVERS[solver](velocity, z, steps, tolerance=args.tolerance, trajectory=path)
         images[i * size:(i + 1) * size] = common.to_uint8(x)[:n - i * size]
         bend = torch.stack([(v - (z - x)).square().mean() for _, _, v in path]).mean()
@@ -816,23 +884,23 @@ def evaluate(args, device, data, networks):
     if args.features == "inception":
         figure = "FID" if args.fid_samples >= 50_000 else f"FID-{args.fid_samples / 1000:g}k"
     seen = network.images_seen
-    head = dict(figure=figure, n=args.fid_samples, features=name, reference=f"{data.about} ({real.source})",
+    same = dict(figure=figure, n=args.fid_samples, features=name, reference=f"{data.about} ({real.source})",
                 reference_sha256=data.sha256[:12], seed=args.sample_seed, images_seen=seen)
-    common.say(f"{figure}: {head['n']:,} samples of drawn classes against {head['reference']}; {name}; EMA "
-               f"weights; seed {head['seed']}; {seen:,} images seen. A distance: lower is better\n"
+    common.say(f"{figure}: {same['n']:,} samples of drawn classes against {same['reference']}; {name}; EMA "
+               f"weights; seed {same['seed']}; {seen:,} images seen. A distance: lower is better\n"
                "(NFE: network evaluations an image. Real images, halved: the distance between two halves)\n"
-               f"{'solver':12}{'NFE':>6}{figure:>18}{'straightness':>14}{'right class':>13}\n"
-               f"{'real, halved':18}{real.floor:18.3f}\n{'pure noise':18}{real.noise:18.3f}")
+               f"{'head':6}{'solver':12}{'NFE':>6}{figure:>18}{'straightness':>14}{'right class':>13}\n"
+               f"{'real, halved':24}{real.floor:18.3f}\n{'pure noise':24}{real.noise:18.3f}")
     for steps in plan:
         wanted = drawn_labels(args.fid_samples, args, classes)
         drawn = sample(network, wanted, args.solver, steps, args, device)
         value = frechet_distance(moments(features, drawn.images), real.moments)
         share = agreement(drawn.images, wanted, data, device) if args.features == "classifier" else None
-        common.say(f"{args.solver:12}{drawn.nfe:6.4g}{value:18.3f}{drawn.straightness:14.5f}"
+        common.say(f"{network.head:<6}{args.solver:12}{drawn.nfe:6.4g}{value:18.3f}{drawn.straightness:14.5f}"
                    + ("" if share is None else f"{share:13.1%}"))
-        common.add_result(run, head | dict(
-            weights="model EMA", solver=args.solver, steps=steps, tolerance=None if steps else args.tolerance,
-            model_sha256=common.sha256(network.source)[:12]), dict(
+        common.add_result(run, same | dict(
+            weights="model EMA", model_sha256=common.sha256(network.source)[:12], head=network.head,
+            solver=args.solver, steps=steps, tolerance=None if steps else args.tolerance), dict(
             value=value, nfe=drawn.nfe, straightness=drawn.straightness, floor=real.floor, noise=real.noise,
             right_class=share, torch=torch.__version__, device=str(device)))
 
@@ -857,11 +925,25 @@ def load_data(args):
     return common.load_imagenet(args.data, args.cache, IMAGE, args.prepare)
 
 
+def implied(given):
+    """Defaults that the flags given bring along: --quick its own, a model file those of its network."""
+    found = dict(QUICK) if given.get("quick") else {}
+    if given.get("teacher"):
+        found |= dict(step_rule="constant", target="consistency")
+    if file := given.get("teacher") or given.get("init"):
+        config = common.load_pt(file, ["model", "args"])["args"]
+        shape = ("channels", "multipliers", "blocks", "attention", "skip_phi")
+        found |= {name: config[name] for name in shape}
+        common.refuse_differences(file, config, {name: given[name] for name in shape if name in given})
+    return found
+
+
 def parse_args(argv=None):
     """The flags, those that the run folder remembers included; InputError where one cannot be used."""
     parser = common.Parser(__doc__, __file__)
     yes_no, count, share = argparse.BooleanOptionalAction, number(int, 1), number(float, 0, below=1)
-    points, targets, features = list(WEIGHTS), ["online", "ema"], list(FEATURES)
+    points, features = list(WEIGHTS), list(FEATURES)
+    targets = ["online", "ema", "consistency", "progressive"]
     modes = ["legacy_tensorflow", "clean"]
 
     flag = parser.flags("run", FORGOTTEN)
@@ -885,9 +967,13 @@ def parse_args(argv=None):
     flag("--rk-points", choices=points, default="published", help="b(j): the paper's, or more accurate ones")
     flag("--step-rule", choices=STEP_RULES, default="uniform", help="h: drawn from U(0, 1/N), or t/N, or 1/N")
     flag("--intervals", type=count, default=16, help="N of the step rule")
-    flag("--target", choices=targets, default="online", help="y_j by the network, as released, or its EMA")
+    flag("--target", choices=targets, default="online", help="y_j by the network or its EMA; or --teacher's")
     flag("--loss-ramp", action=yes_no, default=False, help="weigh the loss by w_1 = 2 i/I, w_2 = 2 (1 - i/I)")
     flag("--wavelet-weight", type=number(float, 0), default=1.0, help="w_3, of differences in fine detail")
+
+    flag = parser.flags("another model, known by its content", MAY_CHANGE)
+    flag("--teacher", help="model file that makes the slopes, frozen; the student begins as its v_1")
+    flag("--init", help="model file whose weights the training begins with")
 
     flag = parser.flags("training", DEFINES)
     flag("--batch-size", type=count, help="images an iteration, over all ranks")
@@ -910,6 +996,7 @@ def parse_args(argv=None):
 
     flag = parser.flags("evaluation", MAY_CHANGE)
     flag("--steps", type=count, nargs="+", default=[15], help="network evaluations (NFE) an image")
+    flag("--head", type=count, help="the velocity that sampling integrates, 1 to k; unset: the last")
     flag("--solver", choices=list(common.SOLVERS), default="euler", help="the paper's; ab2 measured better")
     flag("--tolerance", type=number(float, above=0), default=1e-4, help="of dopri5, which ignores --steps")
     flag("--fid-samples", type=number(int, 0), default=50_000, help="images; fewer make no FID; 0: none")
@@ -920,11 +1007,23 @@ def parse_args(argv=None):
     flag("--save-samples", type=count, help="images to write to samples.npz, at the last of --steps")
 
     parser.set_defaults(**PAPER)
-    args = parser.read(argv, QUICK)
+    args = parser.read(argv, implied)
     if args.sample_seed is None:
         args.sample_seed = args.seed
     if args.solver == "heun" and any(steps % 2 == 0 for steps in args.steps):
         parser.error("--solver heun takes odd --steps: two evaluations an interval, one in the last")
+    heads = max(1, args.rk_order)
+    if args.head and not args.model and args.head > heads:
+        parser.error(f"--head {args.head}: --rk-order {args.rk_order} has {heads}")
+    refused = {
+        "--init: a student begins as its teacher": args.init,
+        "--rk-order: a student has one head, order 1": args.rk_order != 1,
+        "--target online: it is consistency, progressive or ema": args.target == "online",
+        "--loss-ramp: there is no truth to weigh": args.loss_ramp}
+    if args.teacher and any(refused.values()):
+        parser.error(f"with --teacher {[words for words, found in refused.items() if found][0]}")
+    if not args.teacher and args.target in ("consistency", "progressive"):
+        parser.error(f"--target {args.target} needs a --teacher")
     if 0 < args.fid_samples <= FEATURES[args.features]:
         parser.error(f"--fid-samples: the covariance of {FEATURES[args.features]} {args.features} features "
                      "needs more images than that (0: no distance)")
@@ -949,7 +1048,7 @@ def main(argv=None):
             return 0
         run.mkdir(parents=True, exist_ok=True)
         if args.model:
-            networks = {"model": prepare(load_model(args.model), args, device)}
+            networks = {"model": prepare(load_model(args.model, head=args.head), args, device)}
             compile_networks(networks.values(), args, device)
         else:
             networks = {"model": train(args, device, data)}

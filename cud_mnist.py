@@ -12,7 +12,7 @@ finds. The trajectories become straight, so few steps suffice, without a teacher
     t in [0, 1]   time: t = 0 is data, t = 1 is noise
     x_t           t z + (1 - t) x
     u             dx_t/dt = z - x, the true velocity
-    v_1 .. v_k    the network's heads at (x_t, t); sampling integrates v_1
+    v_1 .. v_k    the network's heads at (x_t, t); sampling integrates the last, or --head
     k             --rk-order: 1, 2, 3 are the paper's RK12, RK23, RK34; 0 is rectified flow, one head and no y
     h             the step, drawn for each sample
     k_1 .. k_k    the Runge-Kutta slopes: k_i is v_1 at time t - (i - 1) h
@@ -144,6 +144,30 @@ def catch_up_loss(network, x, z, t, h, order=1, points="published", velocity=Non
     return (v - y).square().flatten(2).mean(2).sum(0), truth
 
 
+def distillation_loss(network, teacher, ema, x, z, t, h, target):
+    """The loss [B] of a student with one head whose slopes a frozen teacher makes, without truth or encoder.
+
+    teacher, ema: callables (x [B, ...], t [B]) -> velocity [B, ...]. What `target` draws the student to:
+    "consistency": landing where the EMA lands from X_1, weighed by t^2 (Song et al. 2023, eq. 7);
+    "progressive": the teacher's mean slope over two Euler steps (Salimans & Ho 2022);
+    "ema": the EMA's velocity at X_1 (what the released code calls consistency distillation).
+    Steps are shortened to end at EPS, so that the truth u never takes a target's place.
+    """
+    h = torch.minimum(h, (t - EPS) / (2 if target == "progressive" else 1))
+    x_t = align(t, x) * z + (1 - align(t, x)) * x
+    v = network(x_t, t)[0]
+    with torch.no_grad():
+        k_1 = teacher(x_t, t)
+        where, when = catch_up_points(teacher, x_t, t, h, k_1)
+        y = (teacher if target == "progressive" else ema)(where[0], when[0])
+    if target == "progressive":
+        y = (k_1 + y) / 2
+    error = v - y
+    if target == "consistency":
+        error = x_t - align(t, x) * v - (where[0] - align(when[0], x) * y)
+    return error.square().flatten(1).mean(1)
+
+
 # --------------------------------------------------------------------------------------------------- network
 
 IMAGE = (1, 28, 28)  # channels, height, width: of every picture that is read, learnt and drawn
@@ -209,7 +233,7 @@ class UNet(nn.Module):
             raise InputError(f"--multipliers: {image[1]} px cannot be halved {len(multipliers) - 1} times")
         if not set(attention) <= set(sizes):
             raise InputError(f"--attention {attention}: the levels have the sizes {sizes}")
-        self.channels, self.skip_phi, self.amp = channels, skip_phi, False
+        self.channels, self.skip_phi, self.amp, self.head = channels, skip_phi, False, heads
         c, emb = channels, 4 * channels
         self.embed = nn.Sequential(init(nn.Linear(c, emb)), nn.SiLU(), init(nn.Linear(emb, emb)), nn.SiLU())
         self.first, skips = conv(image[0], c, 3), [c]
@@ -234,8 +258,8 @@ class UNet(nn.Module):
         self.heads = nn.ModuleList(nn.Sequential(norm(c), nn.SiLU(), conv(c, c_out or image[0], 3, 1e-5))
                                    for _ in range(heads))
 
-    def forward(self, x, t, heads=None):
-        """x [B, C, H, W], t [B] -> the first `heads` heads (or all), of x's type [heads, B, c_out, H, W]."""
+    def forward(self, x, t, heads=slice(None)):
+        """x [B, C, H, W], t [B] -> these heads (all by default), of x's type [heads, B, c_out, H, W]."""
         half = self.channels // 2
         angle = t[:, None] * 10_000 ** (-torch.arange(half, dtype=t.dtype, device=t.device) / (half - 1))
         emb = self.embed(torch.cat([angle.sin(), angle.cos()], 1))  # float32: bfloat16 resolves t to 0.004
@@ -252,20 +276,46 @@ class UNet(nn.Module):
                 if block.resample != "up":  # p is float32: without the casts so would be all that follows
                     h = torch.cat([(2 * p * h).to(h.dtype), (2 * (1 - p) * skips.pop()).to(h.dtype)], 1)
                 h = block(h, emb)
-            return torch.stack([head(h).to(x.dtype) for head in self.heads[:heads]])
+            return torch.stack([head(h).to(x.dtype) for head in self.heads[heads]])
 
     def velocity(self, x, t):
-        """v_1 alone, what sampling integrates: x [B, C, H, W], t [B] -> [B, C, H, W]."""
-        return self(x, t, heads=1)[0]
+        """v_1, which makes stages and targets: x [B, C, H, W], t [B] -> [B, C, H, W]."""
+        return self(x, t, slice(0, 1))[0]
+
+    def sampled(self, x, t):
+        """The chosen head's velocity, which sampling integrates; as velocity()."""
+        return self(x, t, slice(self.head - 1, self.head))[0]
+
+    def choose(self, head):
+        """Let v_head sample, by default the last. InputError where there is none."""
+        if head and head > len(self.heads):
+            raise InputError(f"--head {head}: there are {len(self.heads)}")
+        self.head = head or len(self.heads)
 
 
-def load_model(path, device="cpu"):
-    """The network that a run has saved, in evaluation mode, without gradients."""
+def load_model(path, device="cpu", head=None):
+    """The network that a run has saved, in evaluation mode, without gradients; head samples, by default the
+    last."""
     saved = common.load_pt(path, ["model", "args"])
     network = UNet(**saved["args"])
     network.load_state_dict(saved["model"])
+    network.choose(head)
     network.source, network.images_seen = path, saved.get("images_seen")
     return network.to(device).eval().requires_grad_(False)
+
+
+def begin_from(saved, heads, dropout):
+    """A network with `heads` heads that begins with the weights of a saved one, its last head standing in for
+    those that it lacks; saved: what load_model reads."""
+    if tuple(saved["args"]["image"]) != IMAGE:
+        raise InputError(f"--teacher, --init: that model makes images {saved['args']['image']}, not {IMAGE}")
+    network, given = UNet(**saved["args"] | dict(heads=heads, dropout=dropout)), saved["args"]["heads"]
+    weights = dict(saved["model"])
+    for name in network.state_dict().keys() - weights.keys():
+        head, part = name.removeprefix("heads.").split(".", 1)
+        weights[name] = weights[f"heads.{given - 1}.{part}"]
+    network.load_state_dict({name: weights[name] for name in network.state_dict()})
+    return network
 
 
 def prepare(network, args, device):
@@ -299,9 +349,10 @@ class CatchUp(nn.Module):
 
     columns = "loss catchup truth kl loss_t_0_25 loss_t_25_50 loss_t_50_75 loss_t_75_100".split()
 
-    def __init__(self, network, encoder, target, args):
+    def __init__(self, network, encoder, target, args, teacher=None):
         super().__init__()
-        self.network, self.encoder, self.target, self.args = network, encoder, target, args
+        self.network, self.encoder, self.args = network, encoder, args
+        self.target, self.teacher = target, teacher  # velocities
 
     def forward(self, x, noise, t, h, done):
         """x, noise [B, C, H, W]; t, h [B]; done i/I. Mean loss; sums and counts [2, columns] to log."""
@@ -310,8 +361,12 @@ class CatchUp(nn.Module):
             mu, log_var = self.encoder(x, torch.ones_like(t))[0].chunk(2, 1)
             z = mu + (log_var / 2).exp() * noise
             kl = (mu.square() + log_var.exp() - 1 - log_var).flatten(1).mean(1) / 2
-        catchup, truth = catch_up_loss(self.network, x, z, t, h, args.rk_order, args.rk_points,
-                                       self.network.velocity, self.target)
+        if self.teacher:
+            catchup = distillation_loss(self.network, self.teacher, self.target, x, z, t, h, args.target)
+            truth = torch.zeros_like(t)
+        else:
+            catchup, truth = catch_up_loss(self.network, x, z, t, h, args.rk_order, args.rk_points,
+                                           self.network.velocity, self.target)
         w_1, w_2 = (2 * done, 2 * (1 - done)) if args.loss_ramp else (1, 1)
         loss = w_1 * catchup + w_2 * truth + args.kl_weight * kl
         with torch.no_grad():
@@ -328,6 +383,7 @@ class Stage:
     name: str  # "" or "one_step_": begins the names of its files
     loss: nn.Module  # loss(*draw(i)): the mean loss, and what to log of it; loss.network is what learns
     ema: nn.Module  # the running average of loss.network, which samples
+    networks: list  # to compile
     draw: Callable  # i -> this rank's batch of iteration i, from (seed, i) alone: resuming needs no state
     iterations: int
     warmup: int  # iterations in which the learning rate rises
@@ -388,7 +444,7 @@ class Training:
                    f"{self.flops * args.batch_size / 1e9:,.1f} GFLOP each; "
                    f"{sum(p.numel() for p in stage.loss.network.parameters()):,} network parameters, "
                    f"{sum(p.numel() for p in self.trained):,} trained in all")
-        compile_networks([stage.ema, *stage.loss.children()], args, self.device)
+        compile_networks(stage.networks, args, self.device)
         self.step = stage.loss
         if world() > 1:
             self.step = nn.parallel.DistributedDataParallel(self.step, gradient_as_bucket_view=True)
@@ -514,14 +570,20 @@ def train(args, device, data):
     """The one training session; returns the average of the network."""
     torch.manual_seed(args.seed)
     shape = dict(image=IMAGE, multipliers=args.multipliers, attention=args.attention, dropout=args.dropout)
-    network = prepare(UNet(**shape, channels=args.channels, blocks=args.blocks, heads=max(1, args.rk_order),
-                           skip_phi=args.skip_phi), args, device)
+    heads, known = max(1, args.rk_order), {"data": data.sha256[:12]}
+    network = UNet(**shape, channels=args.channels, blocks=args.blocks, heads=heads, skip_phi=args.skip_phi)
+    if file := args.teacher or args.init:
+        network = begin_from(common.load_pt(file, ["model", "args"]), heads, args.dropout)
+        known["teacher" if args.teacher else "init"] = common.sha256(file)[:12]
+    network = prepare(network, args, device)
+    network.choose(args.head)
+    teacher = prepare(load_model(args.teacher), args, device) if args.teacher else None
     encoder = None
     if args.coupling == "learned":
         encoder = prepare(UNet(**shape, channels=min(32, args.channels), blocks=min(2, args.blocks),
                                skip_phi=0.5, c_out=2 * IMAGE[0]), args, device)
     ema = copy.deepcopy(network).eval().requires_grad_(False)
-    target = ema.velocity if args.target == "ema" else None
+    target = None if args.target == "online" else ema.velocity
     images = data.images.to(device)
     own = slice(rank() * args.batch_size // world(), (rank() + 1) * args.batch_size // world())
 
@@ -545,9 +607,11 @@ def train(args, device, data):
         except InputError as error:  # the training goes on without
             common.say(str(error))
 
-    stage = Stage(name="", loss=CatchUp(network, encoder, target, args), ema=ema, draw=draw,
+    loss = CatchUp(network, encoder, target, args, teacher and teacher.velocity)
+    stage = Stage(name="", loss=loss, ema=ema,
+                  networks=[part for part in (network, encoder, ema, teacher) if part], draw=draw,
                   iterations=args.iterations, warmup=min(args.warmup, args.iterations // 10),
-                  definition=args.definition | {"data": data.sha256[:12]}, pictures=pictures, evaluate=judge)
+                  definition=args.definition | known, pictures=pictures, evaluate=judge)
     fit(stage, args, device)
     return ema
 
@@ -588,9 +652,8 @@ def one_step_pairs(args, teacher, device):
 
 def train_one_step(args, device, teacher):
     """The additional training in three stages, one for each target; returns the average of the student."""
-    student = prepare(UNet(**teacher.config), args, device)
-    student.load_state_dict(teacher.state_dict())
-    student.heads[1:].requires_grad_(False)
+    saved = {"model": teacher.state_dict(), "args": teacher.config}
+    student = prepare(begin_from(saved, heads=1, dropout=args.dropout), args, device)
     ema = copy.deepcopy(student).eval().requires_grad_(False)
     pairs = []
 
@@ -606,9 +669,9 @@ def train_one_step(args, device, teacher):
         return sample(network, 64, "euler", 1, args, device).images
 
     more = {key: getattr(args, key) for key in ("iterations", "one_step_iterations", "one_step_pairs")}
-    stage = Stage(name="one_step_", loss=OneStep(student, ema.velocity), ema=ema, draw=draw,
-                  iterations=3 * args.one_step_iterations, warmup=0, definition=args.definition | more,
-                  pictures=pictures)
+    stage = Stage(name="one_step_", loss=OneStep(student, ema.velocity), ema=ema,
+                  networks=[student, ema], draw=draw, iterations=3 * args.one_step_iterations, warmup=0,
+                  definition=args.definition | more, pictures=pictures)
     fit(stage, args, device)
     return ema
 
@@ -635,7 +698,7 @@ def sample(network, n, solver, steps, args, device):
     sums, x0_hats = torch.zeros(3, device=device), None  # of batches, their NFE and straightness
     for i in progress(range(rank(), ceil_div(n, size), world()), f"{solver} {steps}, batches of {size}"):
         z, path = normal(size, device, args.sample_seed, 1, i), []
-        x, nfe = common.SOLVERS[solver](network.velocity, z, steps, tolerance=args.tolerance, trajectory=path)
+        x, nfe = common.SOLVERS[solver](network.sampled, z, steps, tolerance=args.tolerance, trajectory=path)
         images[i * size:(i + 1) * size] = common.to_uint8(x)[:n - i * size]
         bend = torch.stack([(v - (z - x)).square().mean() for _, _, v in path]).mean()
         sums += torch.stack([torch.ones_like(bend), torch.full_like(bend, nfe), bend])
@@ -808,20 +871,21 @@ def evaluate(args, device, data, networks):
     if args.features == "inception":
         figure = "FID" if args.fid_samples >= 50_000 else f"FID-{args.fid_samples / 1000:g}k"
     seen = networks["model"].images_seen
-    head = dict(figure=figure, n=args.fid_samples, features=name, reference=f"{data.about} ({real.source})",
+    same = dict(figure=figure, n=args.fid_samples, features=name, reference=f"{data.about} ({real.source})",
                 reference_sha256=data.sha256[:12], seed=args.sample_seed, images_seen=seen)
-    common.say(f"{figure}: {head['n']:,} samples against {head['reference']}; {name}; EMA weights; seed "
-               f"{head['seed']}; {seen:,} images seen. A distance to the real images: lower is better\n"
+    common.say(f"{figure}: {same['n']:,} samples against {same['reference']}; {name}; EMA weights; seed "
+               f"{same['seed']}; {seen:,} images seen. A distance to the real images: lower is better\n"
                "(NFE: network evaluations an image. Real images, halved: the distance between two halves)\n"
-               f"{'weights':10}{'solver':8}{'NFE':>6}{figure:>18}{'straightness':>14}\n"
-               f"{'real images, halved':24}{real.floor:18.3f}\n{'pure noise':24}{real.noise:18.3f}")
+               f"{'weights':10}{'head':6}{'solver':8}{'NFE':>6}{figure:>18}{'straightness':>14}\n"
+               f"{'real images, halved':30}{real.floor:18.3f}\n{'pure noise':30}{real.noise:18.3f}")
     for weights, solver, steps in plan(args, networks):
         drawn = sample(networks[weights], args.fid_samples, solver, steps, args, device)
         value = frechet_distance(moments(features, drawn.images), real.moments)
-        common.say(f"{weights:10}{solver:8}{drawn.nfe:6.4g}{value:18.3f}{drawn.straightness:14.5f}")
-        common.add_result(run, head | dict(
-            weights=f"{weights} EMA", solver=solver, steps=steps, tolerance=None if steps else args.tolerance,
-            model_sha256=common.sha256(networks[weights].source)[:12]), dict(
+        network = networks[weights]
+        common.say(f"{weights:10}{network.head:<6}{solver:8}{drawn.nfe:6.4g}{value:18.3f}{drawn.straightness:14.5f}")
+        common.add_result(run, same | dict(
+            weights=f"{weights} EMA", model_sha256=common.sha256(network.source)[:12], head=network.head,
+            solver=solver, steps=steps, tolerance=None if steps else args.tolerance), dict(
             value=value, nfe=drawn.nfe, straightness=drawn.straightness, floor=real.floor, noise=real.noise,
             torch=torch.__version__, device=str(device)))
 
@@ -847,11 +911,25 @@ def load_data(args):
     return common.describe(images, labels, f"{args.split} images of {args.data or 'data/mnist'}")
 
 
+def implied(given):
+    """Defaults that the flags given bring along: --quick its own, a model file those of its network."""
+    found = dict(QUICK) if given.get("quick") else {}
+    if given.get("teacher"):
+        found |= dict(step_rule="constant", coupling="independent", target="consistency")
+    if file := given.get("teacher") or given.get("init"):
+        config = common.load_pt(file, ["model", "args"])["args"]
+        shape = ("channels", "multipliers", "blocks", "attention", "skip_phi")
+        found |= {name: config[name] for name in shape}
+        common.refuse_differences(file, config, {name: given[name] for name in shape if name in given})
+    return found
+
+
 def parse_args(argv=None):
     """The flags, those that the run folder remembers included; InputError where one cannot be used."""
     parser = common.Parser(__doc__, __file__)
     yes_no, count, share = argparse.BooleanOptionalAction, number(int, 1), number(float, 0, below=1)
-    points, targets, features = list(WEIGHTS), ["online", "ema"], list(FEATURES)
+    points, features = list(WEIGHTS), list(FEATURES)
+    targets = ["online", "ema", "consistency", "progressive"]
     modes = ["legacy_tensorflow", "clean"]
 
     flag = parser.flags("run", FORGOTTEN)
@@ -874,10 +952,14 @@ def parse_args(argv=None):
     flag("--rk-points", choices=points, default="published", help="b(j): the paper's, or more accurate ones")
     flag("--step-rule", choices=STEP_RULES, default="uniform", help="h: drawn from U(0, 1/N), or t/N, or 1/N")
     flag("--intervals", type=count, default=16, help="N of the step rule")
-    flag("--target", choices=targets, default="online", help="y_j by the network, as released, or its EMA")
+    flag("--target", choices=targets, default="online", help="y_j by the network or its EMA; or --teacher's")
     flag("--loss-ramp", action=yes_no, default=False, help="weigh the loss by w_1 = 2 i/I, w_2 = 2 (1 - i/I)")
     flag("--coupling", choices=["learned", "independent"], help="z from an encoder of x, or drawn without it")
     flag("--kl-weight", type=number(float, 0), default=20.0, help="beta: keeps the encoder's z near N(0, I)")
+
+    flag = parser.flags("another model, known by its content", MAY_CHANGE)
+    flag("--teacher", help="model file that makes the slopes, frozen; the student begins as its v_1")
+    flag("--init", help="model file whose weights the training begins with")
 
     flag = parser.flags("training", DEFINES)
     flag("--batch-size", type=count, help="images an iteration, over all ranks")
@@ -902,6 +984,7 @@ def parse_args(argv=None):
 
     flag = parser.flags("evaluation", MAY_CHANGE)
     flag("--steps", type=count, nargs="+", default=[15], help="network evaluations (NFE) an image")
+    flag("--head", type=count, help="the velocity that sampling integrates, 1 to k; unset: the last")
     flag("--solver", choices=list(common.SOLVERS), default="euler", help="the paper's; ab2 measured better")
     flag("--tolerance", type=number(float, above=0), default=1e-4, help="of dopri5, which ignores --steps")
     flag("--fid-samples", type=number(int, 0), default=50_000, help="images; fewer make no FID; 0: none")
@@ -911,11 +994,24 @@ def parse_args(argv=None):
     flag("--save-samples", type=count, help="images to write to samples.npz, at the last of --steps")
 
     parser.set_defaults(**PAPER)
-    args = parser.read(argv, QUICK)
+    args = parser.read(argv, implied)
     if args.sample_seed is None:
         args.sample_seed = args.seed
     if args.solver == "heun" and any(steps % 2 == 0 for steps in args.steps):
         parser.error("--solver heun takes odd --steps: two evaluations an interval, one in the last")
+    heads = max(1, args.rk_order)
+    if args.head and not args.model and args.head > heads:
+        parser.error(f"--head {args.head}: --rk-order {args.rk_order} has {heads}")
+    refused = {
+        "--init: a student begins as its teacher": args.init,
+        "--rk-order: a student has one head, order 1": args.rk_order != 1,
+        "--coupling learned: the teacher's encoder is not at hand": args.coupling == "learned",
+        "--target online: it is consistency, progressive or ema": args.target == "online",
+        "--loss-ramp: there is no truth to weigh": args.loss_ramp}
+    if args.teacher and any(refused.values()):
+        parser.error(f"with --teacher {[words for words, found in refused.items() if found][0]}")
+    if not args.teacher and args.target in ("consistency", "progressive"):
+        parser.error(f"--target {args.target} needs a --teacher")
     if 0 < args.fid_samples <= FEATURES[args.features]:
         parser.error(f"--fid-samples: the covariance of {FEATURES[args.features]} {args.features} features "
                      "needs more images than that (0: no distance)")
@@ -938,7 +1034,7 @@ def main(argv=None):
             data = load_data(args)
         run.mkdir(parents=True, exist_ok=True)
         if args.model:
-            networks = {"model": prepare(load_model(args.model), args, device)}
+            networks = {"model": prepare(load_model(args.model, head=args.head), args, device)}
             compile_networks(networks.values(), args, device)
         else:
             networks = {"model": train(args, device, data)}

@@ -292,6 +292,59 @@ def test_the_loss_takes_any_shape_and_refuses_a_network_without_heads(order):
         cud_mnist.catch_up_loss(lambda x, t: heads(x, t)[0], x, z, t, h, order)
 
 
+def distillation_by_hand(student, teacher, ema, x, z, t, h, target):
+    """The loss of each sample, in NumPy, one by one."""
+    def v(net, point, time):
+        return np.tanh(net.a[0].detach().numpy() @ point + time * net.b[0].detach().numpy())
+    found = []
+    for x_i, z_i, t_i, h_i in zip(x.numpy().reshape(-1, 2), z.numpy().reshape(-1, 2), t.tolist(), h.tolist()):
+        h_i = min(h_i, (t_i - 1e-5) / (2 if target == "progressive" else 1))
+        x_t = t_i * z_i + (1 - t_i) * x_i
+        mine, slope = v(student, x_t, t_i), v(teacher, x_t, t_i)
+        there, when = x_t - h_i * slope, max(1e-5, t_i - h_i)
+        if target == "consistency":
+            error = (x_t - t_i * mine) - (there - when * v(ema, there, when))
+        elif target == "progressive":  # where two steps lead, as one step's slope
+            end = there - h_i * v(teacher, there, when)
+            error = mine - ((x_t - end) / (2 * h_i) if h_i > 1e-9 else slope)
+        else:
+            error = mine - v(ema, there, when)
+        found.append(np.mean(error ** 2))
+    return np.array(found)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("target", ["consistency", "progressive", "ema"])
+def test_distillation_equals_a_computation_by_hand(script, target):
+    student, teacher, ema = Heads(1), Heads(3), Heads(1)
+    teacher.a.data *= 0.7
+    ema.a.data *= 0.5
+    x, z, _, h = case()
+    t = torch.tensor([0.9, 0.5, 0.05, 1e-4, 5e-5, 1e-5], dtype=torch.float64)  # most steps pass the data
+    first = [lambda x, t, network=network: network(x, t)[0] for network in (teacher, ema)]
+    loss = script.distillation_loss(student, *first, x, z, t, h, target)
+    by_hand = distillation_by_hand(student, teacher, ema, x, z, t, h, target)
+    np.testing.assert_allclose(loss.detach().numpy(), by_hand, rtol=1e-9, atol=1e-18)
+    loss.sum().backward()
+    assert student.a.grad.abs().sum() > 0
+    assert all(p.grad is None for net in (teacher, ema) for p in net.parameters())
+
+
+@pytest.mark.parametrize("target", ["consistency", "progressive", "ema"])
+def test_on_straight_paths_the_teacher_is_its_own_target(target):
+    x, z, _, h = case()
+    t = torch.tensor([1.0, 0.5, 0.05, 1e-3, 1e-4, 2e-5], dtype=torch.float64)
+
+    def velocity(x, t):  # all paths are straight and end in 0.3: v = (x - 0.3) / t
+        return (x - 0.3) / t.view(-1, 1, 1, 1)
+    x_t = t.view(-1, 1, 1, 1) * z + (1 - t.view(-1, 1, 1, 1)) * x
+    scale = velocity(x_t, t).square().flatten(1).mean(1)
+    for factor, least, most in ((1.0, -1, 1e-18), (1.1, 1e-6, 1)):  # the student is the teacher, or is not
+        loss = cud_mnist.distillation_loss(lambda x, t, factor=factor: factor * velocity(x, t)[None], velocity,
+                                           velocity, x, z, t, h, target)
+        assert (loss > least * t ** 2 * scale).all() and (loss < most * scale).all()
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_method_s_section_runs_alone(script):
     text = Path(script.__file__).read_text()
@@ -435,6 +488,7 @@ def released_ddpm(script, heads=3, **encoder):
     shapes = about["encoder_parameter_shapes" if encoder else "parameter_shapes"]
     network = laid_in(network, 1 if encoder else 0, shapes)
     network.heads = network.heads[:heads]
+    network.choose(None)
     return network
 
 
@@ -511,19 +565,23 @@ def ddpm_figures(script, part):
         mse, to_ema = log[0, 1:].tolist()
         return found | {"loss for evaluation 9, v_ema = 0.9 v": dict(
             mse=mse, to_ema=to_ema, total=loss.item(), gradient_norm=gradient_norm(network))}
-    with torch.no_grad():
+    with torch.no_grad():  # only numbers are wanted
         if part.startswith("v at"):
             x_t = t.view(-1, 1, 1, 1) * z + (1 - t.view(-1, 1, 1, 1)) * x
             return [figures(v) for v in network(x_t, t)]
         if part.startswith("samples"):
-            return {name: figures(common.euler(lambda x, t, head=int(name[-1]) - 1: network(x, t)[head], z,
-                                               int(name.split()[0]))[0]) for name in about[part]}
+            found = {}
+            for name in about[part]:
+                network.choose(int(name[-1]))
+                found[name] = figures(common.euler(network.sampled, z, int(name.split()[0]))[0])
+            return found
         t = torch.tensor([3, 8, 12, 16], dtype=torch.float64) / 16  # progressive distillation
         x_t, h = t.view(-1, 1, 1, 1) * z + (1 - t.view(-1, 1, 1, 1)) * x, torch.full_like(t, 1 / 16)
         v = network.velocity(x_t, t)
         points, _ = script.catch_up_points(network.velocity, x_t, t, h, v, 2, "published")
         slope = (x_t - points[1]) / (2 / 16)
-        mse = (v - slope).square().mean().item()
+        mse = script.distillation_loss(lambda x, t: network(x, t)[:1], network.velocity, None, x, z, t, h,
+                                       "progressive").mean().item()
         return {"teacher's mean slope over two steps": figures(slope), "mse": mse}
 
 
@@ -586,7 +644,7 @@ def test_frechet_distance_of_two_gaussians():
 def test_straightness_and_samples():
     class Growth:  # dx/dt = -2 x: ten Euler steps of -1/10 multiply by 1.2 each
         @staticmethod
-        def velocity(x, t):
+        def sampled(x, t):
             return -2.0 * x
     args = small_args("--seed", "4")
     images, nfe, bend, x0_hats = cud_mnist.sample(Growth, 1000, "euler", 10, args, torch.device("cpu"))
@@ -921,6 +979,104 @@ def test_own_pictures_train_and_others_judge(capsys):
     assert run("--data", "moved", "--iterations", "4")[0] == 0
     assert "--data large" not in run("--data", "large", "--iterations", "5", capsys=capsys)[1][0]
     assert run("--data", "large", "--iterations", "5", capsys=capsys)[1][0].endswith("it is 32x28, not 28x28")
+
+
+def blank(*heads):
+    """A network whose heads are constants."""
+    network = small_unet(heads=len(heads))
+    for head, value in zip(network.heads, heads):
+        nn.init.zeros_(head[2].weight)
+        nn.init.constant_(head[2].bias, value)
+    return network
+
+
+def test_the_head_that_samples_is_the_one_named(capsys):
+    torch.save({"model": blank(0.2, 0.4, 0.6).state_dict(), "args": blank(0, 0, 0).config}, "three.pt")
+    flags = shlex.split("--model three.pt --data glyphs --fid-samples 0 --steps 4 --save-samples 8")
+    z = cud_mnist.normal(8, "cpu", 0, 1, 0).permute(0, 2, 3, 1)
+    for head, value in (("1", 0.2), ("2", 0.4), ("3", 0.6), (None, 0.6)):
+        assert cud_mnist.main([*flags, *(["--head", head] if head else [])]) == 0
+        samples = torch.from_numpy(np.load("runs/mnist/samples.npz")["arr_0"])
+        assert (samples.int() - common.to_uint8(z - value).int()).abs().max() <= 1
+        network = cud_mnist.load_model("three.pt", head=int(head) if head else None)
+        x, t = torch.randn(2, 1, 28, 28), torch.rand(2)
+        assert_close(network.sampled(x, t), torch.full_like(x, value))
+        assert_close(network.velocity(x, t), torch.full_like(x, 0.2))
+    assert cud_mnist.main([*flags, "--head", "4"]) == 2 and "--head 4: there are 3" in capsys.readouterr().err
+    for heads, expected in ((1, [0.2]), (2, [0.2, 0.4]), (4, [0.2, 0.4, 0.6, 0.6])):
+        begun = cud_mnist.begin_from(torch.load("three.pt"), heads, 0.1)
+        assert begun(x, t).mean((1, 2, 3, 4)).tolist() == pytest.approx(expected)
+        assert begun.config["heads"] == heads
+    few = shlex.split("--iterations 2 --rk-order 2 --features classifier --fid-samples 230 --steps 1")
+    assert run(*few)[0] == run(*few, "--head", "1")[0] == 0  # no flag of the training
+    assert [row["head"] for row in common.read_results("runs/mnist")] == [2, 1]
+    status, err = run(*few, "--head", "3", capsys=capsys)
+    assert status == 2 and "--head 3: --rk-order 2 has 2" in err[0]
+
+
+def test_a_student_of_a_teacher(capsys):
+    assert run(*shlex.split("--iterations 6 --rk-order 2 --coupling independent --run-dir teacher"))[0] == 0
+    file = "teacher/model.pt"
+    teacher = cud_mnist.load_model(file)
+    x, t = torch.randn(2, 1, 28, 28), torch.rand(2)
+    student = cud_mnist.begin_from(torch.load(file), 1, 0.0).eval()
+    assert torch.equal(student.sampled(x, t), teacher.velocity(x, t))
+    flags = ("--data", "glyphs", "--batch-size", "8", "--fid-samples", "0", "--steps", "2", "--teacher", file)
+    for target in ("consistency", "progressive", "ema"):
+        more = ("--target", target, "--run-dir")
+        for iterations in ("3", "6"):
+            assert cud_mnist.main([*flags, *more, target, "--iterations", iterations]) == 0
+        assert cud_mnist.main([*flags, *more, f"{target}-whole", "--iterations", "6"]) == 0
+        a, b = (torch.load(f"{name}/checkpoint.pt") for name in (target, f"{target}-whole"))
+        assert all(torch.equal(x, y) for x, y in zip(leaves(a["module"]), leaves(b["module"])))
+        assert a["definition"]["teacher"] == common.sha256(file)[:12] and a["definition"]["skip_phi"] == 0.75
+        config = torch.load(f"{target}/model.pt")["args"]
+        assert config["heads"] == 1 and config["multipliers"] == [1, 2]
+        rows = common.read_table(f"{target}/metrics.csv")
+        assert rows["truth"] == [0] * len(rows["truth"]) and rows["loss"] == rows["catchup"]
+    args = cud_mnist.parse_args([*flags, "--run-dir", "new"])
+    assert (args.step_rule, args.target, args.coupling, args.rk_order) == (
+        "constant", "consistency", "independent", 1)
+    for words, message in (("--rk-order 2", "--rk-order"), ("--target online", "--target online"),
+                           ("--coupling learned", "--coupling"), ("--loss-ramp", "--loss-ramp"),
+                           ("--init " + file, "--init"), ("--channels 16", "--channels (8 then, 16 now)"),
+                           ("--skip-phi 0.5", "--skip-phi")):
+        assert cud_mnist.main([*flags, *shlex.split(words), "--run-dir", "new"]) == 2
+        assert message in capsys.readouterr().err
+    assert run("--target", "progressive", capsys=capsys)[1][0].endswith("needs a --teacher")
+    shutil.copy("consistency/model.pt", file)
+    assert cud_mnist.main([*flags, "--run-dir", "ema", "--target", "ema", "--iterations", "9"]) == 2
+    assert "--teacher (" in capsys.readouterr().err
+
+
+def test_training_begins_with_a_model_file():
+    assert run(*shlex.split("--iterations 6 --coupling independent --run-dir flow --rk-order 0"))[0] == 0
+    flags = "--init flow/model.pt --rk-order 2 --lr 1e-9 --iterations 1 --run-dir on --data glyphs"
+    assert cud_mnist.main(shlex.split(f"{flags} --batch-size 8 --fid-samples 0")) == 0
+    x, t = torch.randn(2, 1, 28, 28), torch.rand(2)
+    flow, on = (cud_mnist.load_model(f"{name}/model.pt") for name in ("flow", "on"))
+    for v in on(x, t):  # both heads
+        assert_close(v, flow.velocity(x, t), rtol=1e-4, atol=1e-6)
+    assert common.read_table("on/metrics.csv")["truth"][0] > 0
+
+
+@pytest.mark.parametrize("target", ["consistency", "progressive", "ema"])
+def test_imagenet_students_are_told_the_class(target):
+    args = cud_imagenet64.parse_args(["--data", "x"])
+    args.target = target
+    student, teacher, ema = small_adm(), small_adm(heads=2), small_adm()
+    for i, network in enumerate((teacher, ema)):
+        network.embed_class.weight.data += i + 1
+    x, noise = torch.randn(2, 3, 3, 16, 16)
+    t, h, labels = torch.tensor([0.1, 0.5, 0.9]), torch.full((3,), 1 / 16), torch.tensor([0, 4, 2])
+    module = cud_imagenet64.CatchUp(student, ema.velocity, args, teacher.velocity)
+    loss, log = module(x, noise, t, h, 0.5, labels)
+    each = [cud_imagenet64.distillation_loss(
+        lambda x, t, one=one: student(x, t, labels[one]), lambda x, t, one=one: teacher(x, t, labels[one])[0],
+        lambda x, t, one=one: ema(x, t, labels[one])[0], x[one], noise[one], t[one], h[one], target)
+        for one in (slice(i, i + 1) for i in range(3))]
+    assert_close(loss, torch.cat(each).mean(), rtol=1e-4, atol=1e-5)
+    assert log[0, 2:4].tolist() == [0, 0]  # neither truth nor wavelets
 
 
 def test_a_model_file_is_evaluated_and_nothing_trained(capsys):
@@ -1289,7 +1445,7 @@ def test_a_class_changes_the_output_of_its_own_images_alone():
     a, b = (network(x, t, torch.tensor(labels)) for labels in ([1, 2, 3, 4], [1, 0, 3, 4]))
     same = (a == b).flatten(2).all(2)
     assert same.tolist() == [[True, False, True, True]] * 2
-    twice = network(torch.cat([x, 2 * x]), torch.cat([t, t / 2]), torch.tensor([1, 2, 3, 4]), heads=1)[0]
+    twice = network(torch.cat([x, 2 * x]), torch.cat([t, t / 2]), torch.tensor([1, 2, 3, 4]), slice(0, 1))[0]
     assert_close(twice[:4], a[0])
     assert_close(twice[4:], network.velocity(2 * x, t / 2, torch.tensor([1, 2, 3, 4])))
 
@@ -1541,7 +1697,7 @@ def test_quick_imagenet_is_continued_evaluated_and_sampled_by_class(monkeypatch,
 def test_labels_reach_the_samples_of_every_batch(monkeypatch):
     class Colour:  # dx/dt = z - label / 10: one Euler step ends there
         @staticmethod
-        def velocity(x, t, labels):
+        def sampled(x, t, labels):
             return x - labels.view(-1, 1, 1, 1) / 10
     monkeypatch.setattr(cud_imagenet64, "SAMPLE_BATCH", 4)
     args, labels = cud_imagenet64.parse_args(["--data", "x"]), torch.arange(10)
