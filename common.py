@@ -750,6 +750,23 @@ def load_imagenet(data, cache, shape, prepare=False):
                 f"{len(images):,} {about['kind']} in {Path(about['data']).name}", classes, about["sha256"])
 
 
+def load_moments(path):
+    """The arrays mu [2048] and sigma [2048, 2048] of an .npz, float64: published statistics of Inception's
+    features. Nothing else in the file is read. InputError where they cannot be such."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            mean, cov = (torch.from_numpy(np.asarray(file[name], np.float64)) for name in ("mu", "sigma"))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{path} holds no mu and sigma ({error})") from None
+    if mean.shape != (2048,) or cov.shape != (2048, 2048):
+        raise InputError(f"{path}: mu {list(mean.shape)}, sigma {list(cov.shape)} are not of 2048 features")
+    if not (mean.isfinite().all() and cov.isfinite().all() and cov.trace() > 0):
+        raise InputError(f"{path}: mu and sigma are not finite, or sigma has no positive trace")
+    if (cov - cov.T).abs().max() > 1e-6 * cov.abs().max():
+        raise InputError(f"{path}: sigma is not symmetric")
+    return mean, cov
+
+
 def glyphs(n, shape, seed=0):
     """Digits in Pillow's font under random affine maps: images uint8 [n, C, H, W], labels int64 [n].
 

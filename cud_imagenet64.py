@@ -6,23 +6,25 @@
 
 A flow model learns the velocity that carries noise to data. CUD also lets it catch up with itself: its output
 at time t is pulled towards its own output a little further along its own trajectory, which a Runge-Kutta step
-finds. The trajectories become straight, so few steps suffice, without a teacher or a second training.
+finds. The trajectories become straight, so few steps suffice. No teacher or second training is needed;
+--teacher and --one-step offer them.
 
     x, z          data in [-1, 1] and noise, [B, C, H, W]
     t in [0, 1]   time: t = 0 is data, t = 1 is noise
     x_t           t z + (1 - t) x
     u             dx_t/dt = z - x, the true velocity
     v_1 .. v_k    the network's heads at (x_t, t); sampling integrates the last, or --head
-    k             --rk-order: 1, 2, 3 are the paper's RK12, RK23, RK34; 0 is rectified flow, one head and no y
+    k             --rk-order: 1, 2, 3 are the paper's RK12, RK23, RK34; 0: rectified flow, v_1 without any y
     h             the step, drawn for each sample
     k_1 .. k_k    the Runge-Kutta slopes: k_i is v_1 at time t - (i - 1) h
     X_j           x_t - h sum_i b_i(j) k_i: the trajectory's point at time t - j h, j = 1 .. k
-    y_j           v_1(X_j, t - j h) without gradient; u where t - k h would pass the data
+    y_j           v_1(X_j, t - j h) without gradient; u, for every j, where t - k h would pass the data
 
-    loss = w_1 sum_j |v_j - y_j|^2  +  w_2 sum_j |v_j - u|^2  +  w_3 |detail(x_t - t v_1) - detail(x)|_1
+    loss = w_1 sum_j |v_j - y_j|^2  +  w_2 sum_j |v_j - u|^2  +  w_3 |detail(z - v_k) - detail(x)|_1
            catch up with itself        stay true to the data     the largest fifth of wavelet differences
+    w_1 = w_2 = 1, but for --loss-ramp
 
-The network is told the class of x; z is drawn without an encoder, and there is no one-step stage.
+The network is told the class of x; z is drawn without an encoder.
 
     python cud_imagenet64.py --quick                              a tour on a CPU in ten minutes, no download
     torchrun --nproc-per-node 8 cud_imagenet64.py --data FOLDER   the paper's recipe on eight GPUs: README
@@ -70,9 +72,9 @@ from common import (
 
 # ------------------------------------------------------------------------------------------------ the method
 
-EPS = 1e-5  # no time is below it: at t = 0 the data is reached, and there is no velocity left to learn
+EPS = 1e-5  # training's earliest time: at t = 0 the data is reached, and no velocity is left to learn
 STEP_RULES = ("uniform", "proportional", "constant")
-STAGES = {  # [points][i]: slope k_i is taken at x_t - h (the sum of these times k_1 .. k_(i-1))
+INNER = {  # [points][i]: slope k_i is taken at x_t - h (a_1 k_1 + .. + a_(i-1) k_(i-1)), these are the a
     "published": {2: [1], 3: [7/4, 1/4]},
     "dense": {2: [1], 3: [0, 2]}}
 WEIGHTS = {  # [points][k][j - 1]: b_1(j) .. b_k(j)
@@ -113,7 +115,7 @@ def catch_up_points(velocity, x_t, t, h, k_1, order=1, points="published"):
     """
     h_x, slopes = align(h, x_t), [k_1]
     for i in range(2, order + 1):
-        x = x_t - h_x * mix(STAGES[points][i], slopes)
+        x = x_t - h_x * mix(INNER[points][i], slopes)
         slopes.append(velocity(x, (t - (i - 1) * h).clamp(min=EPS)))
     where = [x_t - h_x * mix(weights, slopes) for weights in WEIGHTS[points][order]]
     when = [(t - j * h).clamp(min=EPS) for j in range(1, order + 1)]
@@ -124,7 +126,7 @@ def catch_up_loss(network, x, z, t, h, order=1, points="published", velocity=Non
     """L_catchup, L_truth, each [B]: squared errors, averaged over a sample's dimensions, summed over heads.
 
     network: callable (x_t [B, ...], t [B]) -> v_1 .. v_k [max(order, 1), B, ...]; x data, z noise [B, ...].
-    velocity: makes the stages, by default v_1 of `network`; target: makes the y_j, by default `velocity`.
+    velocity: makes the slopes, by default v_1 of `network`; target: makes the y_j, by default `velocity`.
     ValueError where the network's output has another shape.
     """
     def first_head(x, t):
@@ -146,26 +148,26 @@ def catch_up_loss(network, x, z, t, h, order=1, points="published", velocity=Non
     return (v - y).square().flatten(2).mean(2).sum(0), truth
 
 
-def distillation_loss(network, teacher, ema, x, z, t, h, target):
-    """The loss [B] of a student with one head whose slopes a frozen teacher makes, without truth or encoder.
+def distillation_loss(network, teacher, ema, x, z, t, h, rule):
+    """The loss [B] of a one-head student of a frozen teacher: no truth, no encoder.
 
-    teacher, ema: callables (x [B, ...], t [B]) -> velocity [B, ...]. What `target` draws the student to:
-    "consistency": landing where the EMA lands from X_1, weighed by t^2 (Song et al. 2023, eq. 7);
-    "progressive": the teacher's mean slope over two Euler steps (Salimans & Ho 2022);
-    "ema": the EMA's velocity at X_1 (what the released code calls consistency distillation).
-    Steps are shortened to end at EPS, so that the truth u never takes a target's place.
+    teacher, ema: callables (x [B, ...], t [B]) -> velocity [B, ...]; X_1: one Euler step of the teacher.
+    "consistency": x_t - t v lands where the EMA lands from X_1 (Song et al. 2023, eq. 7);
+    "progressive": v is the teacher's mean slope over two such steps (Salimans & Ho 2022);
+    "ema": v is the EMA's velocity at X_1 (what the released code calls consistency distillation).
+    Steps are shortened to end at EPS, so that u never replaces a target.
     """
-    h = torch.minimum(h, (t - EPS) / (2 if target == "progressive" else 1))
+    h = torch.minimum(h, (t - EPS) / (2 if rule == "progressive" else 1))
     x_t = align(t, x) * z + (1 - align(t, x)) * x
     v = network(x_t, t)[0]
     with torch.no_grad():
         k_1 = teacher(x_t, t)
         where, when = catch_up_points(teacher, x_t, t, h, k_1)
-        y = (teacher if target == "progressive" else ema)(where[0], when[0])
-    if target == "progressive":
+        y = (teacher if rule == "progressive" else ema)(where[0], when[0])
+    if rule == "progressive":
         y = (k_1 + y) / 2
     error = v - y
-    if target == "consistency":
+    if rule == "consistency":
         error = x_t - align(t, x) * v - (where[0] - align(when[0], x) * y)
     return error.square().flatten(1).mean(1)
 
@@ -191,9 +193,9 @@ def details(x):
     return F.conv2d(F.pad(x, (4, 5, 4, 5)), filters, stride=2, groups=x.shape[1])
 
 
-def wavelet_loss(x0_hat, x):
+def wavelet_loss(landing, x):
     """Mean of the largest fifth of |differences in detail|, images scaled to [0, 1]: [B, C, H, W] -> [B]."""
-    differences = details((x0_hat - x) / 2).abs().flatten(1)
+    differences = details((landing - x) / 2).abs().flatten(1)
     return differences.topk(differences.shape[1] // 5).values.mean(1)
 
 
@@ -330,17 +332,17 @@ class UNet(nn.Module):
 def load_model(path, device="cpu", head=None):
     """The network that a run has saved, in evaluation mode, without gradients; head samples, by default the
     last."""
-    saved = common.load_pt(path, ["model", "args"])
+    saved = common.load_pt(path, ["model", "args", "images_seen"])
     network = UNet(**saved["args"])
     network.load_state_dict(saved["model"])
     network.choose(head)
-    network.source, network.images_seen = path, saved.get("images_seen")
+    network.source, network.images_seen = path, saved["images_seen"]
     return network.to(device).eval().requires_grad_(False)
 
 
 def begin_from(saved, heads, dropout):
-    """A network with `heads` heads that begins with the weights of a saved one, its last head standing in for
-    those that it lacks; saved: what load_model reads."""
+    """A network with `heads` heads that begins with the weights of a saved one, whose last head stands in for
+    those that it lacks. saved: {"model": its state, "args": its config}, as in a model file."""
     if tuple(saved["args"]["image"]) != IMAGE:
         raise InputError(f"--teacher, --init: that model makes images {saved['args']['image']}, not {IMAGE}")
     network, given = UNet(**saved["args"] | dict(heads=heads, dropout=dropout)), saved["args"]["heads"]
@@ -385,18 +387,19 @@ class CatchUp(nn.Module):
 
     def __init__(self, network, target, args, teacher=None):
         super().__init__()
-        self.network, self.target, self.args, self.teacher = network, target, args, teacher  # two velocities
+        self.network, self.args = network, args
+        self.target, self.teacher = target, teacher  # velocities
 
     def forward(self, x, noise, t, h, done, labels):
         """x, noise [B, C, H, W]; t, h, labels [B]; done i/I. Mean loss; sums, counts [2, columns] to log."""
-        args, x0_hat = self.args, []
+        args, landings = self.args, []
 
         def told(velocity):
             return functools.partial(velocity, labels=labels)
 
         def network(x_t, t):
             v = self.network(x_t, t, labels)
-            x0_hat.append(x_t - t.view(-1, 1, 1, 1) * v[0])
+            landings.append(noise - v[-1])  # as if v led all the way from noise to data
             return v
 
         if self.teacher:
@@ -407,7 +410,7 @@ class CatchUp(nn.Module):
             catchup, truth = catch_up_loss(network, x, noise, t, h, args.rk_order, args.rk_points,
                                            told(self.network.velocity),
                                            told(self.target or self.network.velocity))
-            wavelet = wavelet_loss(x0_hat[0], x)
+            wavelet = wavelet_loss(landings[0], x)
         w_1, w_2 = (2 * done, 2 * (1 - done)) if args.loss_ramp else (1, 1)
         loss = w_1 * catchup + w_2 * truth + args.wavelet_weight * wavelet
         with torch.no_grad():
@@ -422,7 +425,7 @@ class Stage:
     """A training as fit() sees it: the main one, or the one-step stage after it."""
 
     name: str  # "" or "one_step_": begins the names of its files
-    loss: nn.Module  # loss(*draw(i)): the mean loss, and what to log of it; loss.network is what learns
+    loss: nn.Module  # loss(*draw(i)): the mean loss, and what to log of it; loss.network learns
     ema: nn.Module  # the running average of loss.network, which samples
     networks: list  # to compile
     draw: Callable  # i -> this rank's batch of iteration i, from (seed, i) alone: resuming needs no state
@@ -438,11 +441,11 @@ class Training:
 
     def __init__(self, stage, args, device):
         self.stage, self.args, self.device = stage, args, device
-        self.run, self.name = Path(args.run_dir), stage.name or "model_"
+        self.run, self.name = Path(args.run_dir), stage.name.rstrip("_") or "model"
         self.checkpoint = self.run / f"{stage.name}checkpoint.pt"
-        self.model = self.run / f"{self.name[:-1]}.pt"
+        self.model = self.run / f"{self.name}.pt"
         self.table = self.run / f"{stage.name}metrics.csv"
-        self.trained = [p for p in stage.loss.parameters() if p.requires_grad]
+        self.trained = list(stage.loss.parameters())
         self.optimizer = torch.optim.Adam(self.trained, args.lr, fused=device.type in ("cpu", "cuda"))
         self.parts = {"module": stage.loss, "ema": stage.ema, "optimizer": self.optimizer}
         self.totals = torch.zeros(2, len(stage.loss.columns), device=device)  # sums, counts for the next row
@@ -481,7 +484,7 @@ class Training:
             stage.loss(*one)[0].backward()
         self.optimizer.zero_grad()
         self.flops = counter.get_total_flops()  # an image
-        common.say(f"{self.name}training, iterations {self.start} to {stage.iterations}: "
+        common.say(f"{self.name} training, iterations {self.start} to {stage.iterations}: "
                    f"{self.flops * args.batch_size / 1e9:,.1f} GFLOP each; "
                    f"{sum(p.numel() for p in stage.loss.network.parameters()):,} network parameters, "
                    f"{sum(p.numel() for p in self.trained):,} trained in all")
@@ -522,7 +525,7 @@ class Training:
         if bad < self.never:
             kept = f"{self.checkpoint} keeps iteration {self.kept}" if self.kept else "no checkpoint yet"
             other = common.command(self.args, lr=self.args.lr / 2, run_dir=f"{self.run}-lower-lr")
-            raise InputError(f"the loss is not finite at iteration {bad} of {self.name}training; {kept}. "
+            raise InputError(f"the loss is not finite at iteration {bad} of {self.name} training; {kept}. "
                              f"Another learning rate is another run: {other}")
 
     def log(self, done, bar):
@@ -608,15 +611,18 @@ def fit(stage, args, device):
 
 
 def train(args, device, data):
-    """The one training session; returns the average of the network."""
+    """The main training; returns the average of the network."""
     torch.manual_seed(args.seed)
     shape = dict(image=IMAGE, multipliers=args.multipliers, attention=args.attention, dropout=args.dropout)
     heads, known = max(1, args.rk_order), {"data": data.sha256[:12]}
-    network = UNet(**shape, channels=args.channels, blocks=args.blocks, classes=len(data.classes),
-                   heads=heads, skip_phi=args.skip_phi)
     if file := args.teacher or args.init:
         network = begin_from(common.load_pt(file, ["model", "args"]), heads, args.dropout)
         known["teacher" if args.teacher else "init"] = common.sha256(file)[:12]
+        if network.config["classes"] != len(data.classes):
+            raise InputError(f"{file} has {network.config['classes']} classes, the data {len(data.classes)}")
+    else:
+        network = UNet(**shape, channels=args.channels, blocks=args.blocks, classes=len(data.classes),
+                       heads=heads, skip_phi=args.skip_phi)
     network = prepare(network, args, device)
     network.choose(args.head)
     teacher = prepare(load_model(args.teacher), args, device) if args.teacher else None
@@ -656,7 +662,7 @@ def train(args, device, data):
     def judge(network):
         try:
             evaluate(args, device, data, {"model": network})
-        except InputError as error:  # the training goes on without
+        except (InputError, FloatingPointError) as error:  # the training goes on without
             common.say(str(error))
 
     loss = CatchUp(network, target, args, teacher and teacher.velocity)
@@ -664,6 +670,73 @@ def train(args, device, data):
                   networks=[part for part in (network, ema, teacher) if part], draw=draw,
                   iterations=args.iterations, warmup=min(args.warmup, args.iterations // 10),
                   definition=args.definition | known, pictures=pictures, evaluate=judge)
+    fit(stage, args, device)
+    return ema
+
+
+# -------------------------------------------------------------------------------------------- one-step stage
+
+
+class OneStep(nn.Module):
+    """The additional training's loss: one step, z - v_1(z, 1), learns what many steps make of the noise z."""
+
+    columns = ("loss", "target", "ema")
+
+    def __init__(self, network, slow):
+        super().__init__()
+        self.network, self.slow = network, slow  # slow: the velocity of the network's EMA
+
+    def forward(self, z, target, labels):
+        """z, target [B, C, H, W]; labels [B]. The mean loss; sums and counts [2, columns] to log."""
+        ones = z.new_ones(len(z))
+        v = self.network.velocity(z, ones, labels)
+        parts = [F.mse_loss(z - v, target), F.mse_loss(v, self.slow(z, ones, labels).detach())]
+        loss = parts[0] + 0.1 * parts[1]
+        return loss, torch.stack([torch.stack([loss, *parts]).detach(), z.new_ones(3)])
+
+
+@torch.no_grad()
+def one_step_pairs(args, teacher, device):
+    """Noise [n, C, H, W]; x0_hat at the 9th, 12th and 15th of 16 Euler steps, float16 [n, 3, C, H, W]; their
+    classes [n], drawn uniformly."""
+    noise, targets, n = [], [], ceil_div(args.one_step_pairs, world())  # each rank makes and keeps its own
+    draws = common.generator("cpu", args.seed, 10, rank())
+    labels = torch.randint(teacher.config["classes"], (n,), generator=draws).to(device)
+    padded = F.pad(labels, (0, -n % SAMPLE_BATCH))
+    for i in progress(range(ceil_div(n, SAMPLE_BATCH)), "one-step targets"):
+        path = []
+        noise.append(normal(min(n, SAMPLE_BATCH), device, args.seed, 5, rank(), i))
+        part = padded[i * SAMPLE_BATCH:][:len(noise[-1])]
+        velocity = functools.partial(teacher.velocity, labels=part)  # v_1, which the student has
+        common.euler(velocity, noise[-1], 16, trajectory=path)
+        x0_hats = [x - t * v for t, x, v in (path[8], path[11], path[14])]
+        targets.append(torch.stack(x0_hats, 1).half())
+    return torch.cat(noise)[:n], torch.cat(targets)[:n], labels
+
+
+def train_one_step(args, device, teacher):
+    """The additional training in three stages, one for each target; returns the average of the student."""
+    shown = grid_labels(args, teacher.config["classes"])
+    saved = {"model": teacher.state_dict(), "args": teacher.config}
+    student = prepare(begin_from(saved, heads=1, dropout=args.dropout), args, device)
+    ema = copy.deepcopy(student).eval().requires_grad_(False)
+    pairs = []
+
+    def draw(i):
+        if not pairs:  # made when first asked for: a finished student needs none
+            pairs.extend(one_step_pairs(args, teacher, device))
+        index = torch.randint(len(pairs[0]), (args.batch_size // world(),), device=device,
+                              generator=common.generator(device, args.seed, 6, i, rank()))
+        torch.manual_seed(common.seed_of(args.seed, 7, i, rank()))  # dropout
+        return pairs[0][index], pairs[1][index, i // args.one_step_iterations].float(), pairs[2][index]
+
+    def pictures(network):
+        return sample(network, shown, "euler", 1, args, device).images
+
+    more = {key: getattr(args, key) for key in ("iterations", "one_step_iterations", "one_step_pairs")}
+    stage = Stage(name="one_step_", loss=OneStep(student, ema.velocity), ema=ema,
+                  networks=[student, ema], draw=draw, iterations=3 * args.one_step_iterations, warmup=0,
+                  definition=args.definition | more, pictures=pictures)
     fit(stage, args, device)
     return ema
 
@@ -699,7 +772,7 @@ def sample(network, labels, solver, steps, args, device):
         sums += torch.stack([torch.ones_like(bend), torch.full_like(bend, nfe), bend])
         x0_hats = common.to_uint8(torch.stack([x_t - t * v for t, x_t, v in path] + [x]))
     count, nfe, bend = all_reduce(sums).tolist()
-    return Samples(all_reduce(images), nfe / count, bend / count, x0_hats)  # ranks filled rows of zeros
+    return Samples(all_reduce(images), nfe / count, bend / count, x0_hats)  # the rows of other ranks are 0
 
 
 def grid_labels(args, classes):
@@ -822,11 +895,19 @@ def covariance(m):
     return (m.products - torch.outer(m.sum, m.sum) / m.n) / (m.n - 1)
 
 
+def moments_of(path):
+    """Moments with the mean and covariance of a statistics file; of how many images does not matter."""
+    mean, cov = common.load_moments(path)
+    n = torch.tensor(2.0, dtype=mean.dtype)
+    return Moments(n, n * mean, (n - 1) * cov + n * torch.outer(mean, mean))
+
+
 class Reference(NamedTuple):
     moments: Moments  # of the real images
-    floor: float  # the distance between their two halves, which no model can be expected to go below
-    noise: float  # the distance of pure noise
-    source: str
+    about: str
+    sha256: str
+    floor: float | None = None  # the distance between their halves: no model can be expected to go below it
+    noise: float | None = None  # the distance of pure noise
 
 
 def reference(features, name, data, device):
@@ -842,7 +923,8 @@ def reference(features, name, data, device):
         raise InputError(f"{len(data.images)} real images are too few for the covariance of {name} features")
     saved = common.cached(CACHE / f"moments-{data.sha256[:12]}-{name}.pt", make)
     known = Moments(*(saved[key] for key in Moments._fields))
-    return Reference(known, saved["floor"], saved["noise"], "their statistics computed here")
+    about = f"{data.about} (their statistics computed here)"
+    return Reference(known, about, data.sha256, saved["floor"], saved["noise"])
 
 
 @torch.no_grad()
@@ -855,52 +937,68 @@ def agreement(images, wanted, data, device):
     return (torch.cat(found) == wanted).float().mean().item()
 
 
+def plan(args, networks):
+    """What is drawn and judged: (weights, solver, steps), steps None for dopri5."""
+    steps = [None] if args.solver == "dopri5" else args.steps
+    rows = [("model", args.solver, n) for n in steps]
+    if "one-step" in networks:
+        rows += [row for row in (("model", "euler", 1), ("one-step", "euler", 1)) if row not in rows]
+    return rows
+
+
 def evaluate(args, device, data, networks):
-    """Pictures, samples.npz and Frechet distances, over drawn classes, of {"model": network}."""
-    run, network = Path(args.run_dir), networks["model"]
-    classes, plan = network.config["classes"], [None] if args.solver == "dopri5" else args.steps
-    for steps in plan:  # first: they stay, whatever happens to the figures
-        drawn = sample(network, grid_labels(args, classes), args.solver, steps, args, device)
-        common.save_grid(drawn.images, run / f"samples_model_{args.solver}{steps or ''}.png")
-        if rank() == 0 and (steps or max(args.steps)) == max(args.steps):
+    """Pictures, samples.npz and Frechet distances of {"model": network, maybe "one-step": network}."""
+    run, classes = Path(args.run_dir), networks["model"].config["classes"]
+    for weights, solver, steps in plan(args, networks):  # first: they stay, whatever happens to the figures
+        drawn = sample(networks[weights], grid_labels(args, classes), solver, steps, args, device)
+        common.save_grid(drawn.images, run / f"samples_{weights}_{solver}{steps or ''}.png")
+        if rank() == 0 and weights == "model" and (steps or max(args.steps)) == max(args.steps):
             rows = drawn.x0_hats[:, ::8][:, :8].transpose(0, 1).flatten(0, 1)  # a sample a row
             common.save_grid(rows, run / "trajectory.png", columns=len(drawn.x0_hats))
     if args.save_samples:
         wanted = drawn_labels(args.save_samples, args, classes)
         if args.classes is not None:
             wanted = torch.tensor(args.classes).repeat(args.save_samples)[:args.save_samples]
-        drawn = sample(network, wanted, args.solver, args.steps[-1], args, device)
+        drawn = sample(networks["model"], wanted, args.solver, args.steps[-1], args, device)
         common.save_npz(run / "samples.npz", arr_0=drawn.images.permute(0, 2, 3, 1), arr_1=wanted)
     if not args.fid_samples:
         return common.say(f"pictures are in {run}; no distance, as --fid-samples is 0")
     try:
         features, name = (classifier_features(data, device) if args.features == "classifier"
                           else inception_features(args.fid_mode, device))
-        real = reference(features, name, data, device)
+        if args.reference:
+            real = Reference(moments_of(args.reference), args.reference, common.sha256(args.reference))
+        else:
+            real = reference(features, name, data, device)
     except InputError as error:
         raise InputError(f"no distance: {error}. The training and the pictures in {run} are safe, and the "
                          "same command evaluates later") from None
     figure = "FD (classifier)"
     if args.features == "inception":
         figure = "FID" if args.fid_samples >= 50_000 else f"FID-{args.fid_samples / 1000:g}k"
-    seen = network.images_seen
-    same = dict(figure=figure, n=args.fid_samples, features=name, reference=f"{data.about} ({real.source})",
-                reference_sha256=data.sha256[:12], seed=args.sample_seed, images_seen=seen)
+    seen = networks["model"].images_seen
+    same = dict(figure=figure, n=args.fid_samples, features=name, reference=real.about,
+                reference_sha256=real.sha256[:12], seed=args.sample_seed, images_seen=seen)
     common.say(f"{figure}: {same['n']:,} samples of drawn classes against {same['reference']}; {name}; EMA "
-               f"weights; seed {same['seed']}; {seen:,} images seen. A distance: lower is better\n"
+               f"weights; seed {same['seed']}; {seen:,} images seen. A distance to the real images: lower is "
+               "better\n"
                "(NFE: network evaluations an image. Real images, halved: the distance between two halves)\n"
-               f"{'head':6}{'solver':12}{'NFE':>6}{figure:>18}{'straightness':>14}{'right class':>13}\n"
-               f"{'real, halved':24}{real.floor:18.3f}\n{'pure noise':24}{real.noise:18.3f}")
-    for steps in plan:
+               f"{'weights':10}{'head':6}{'solver':8}{'NFE':>6}{figure:>18}{'straightness':>14}"
+               f"{'right class':>13}")
+    for known, value in (("real images, halved", real.floor), ("pure noise", real.noise)):
+        common.say(f"{known:30}" + ("       not known" if value is None else f"{value:18.3f}"))
+    for weights, solver, steps in plan(args, networks):
         wanted = drawn_labels(args.fid_samples, args, classes)
-        drawn = sample(network, wanted, args.solver, steps, args, device)
+        drawn = sample(networks[weights], wanted, solver, steps, args, device)
         value = frechet_distance(moments(features, drawn.images), real.moments)
-        share = agreement(drawn.images, wanted, data, device) if args.features == "classifier" else None
-        common.say(f"{network.head:<6}{args.solver:12}{drawn.nfe:6.4g}{value:18.3f}{drawn.straightness:14.5f}"
-                   + ("" if share is None else f"{share:13.1%}"))
+        network, share = networks[weights], None
+        if args.features == "classifier":
+            share = agreement(drawn.images, wanted, data, device)
+        common.say(f"{weights:10}{network.head:<6}{solver:8}{drawn.nfe:6.4g}{value:18.3f}{drawn.straightness:14.5f}"
+                   + (f"{share:13.1%}" if share is not None else ""))
         common.add_result(run, same | dict(
-            weights="model EMA", model_sha256=common.sha256(network.source)[:12], head=network.head,
-            solver=args.solver, steps=steps, tolerance=None if steps else args.tolerance), dict(
+            weights=f"{weights} EMA", model_sha256=common.sha256(network.source)[:12], head=network.head,
+            solver=solver, steps=steps, tolerance=None if steps else args.tolerance), dict(
             value=value, nfe=drawn.nfe, straightness=drawn.straightness, floor=real.floor, noise=real.noise,
             right_class=share, torch=torch.__version__, device=str(device)))
 
@@ -910,11 +1008,12 @@ def evaluate(args, device, data, networks):
 PAPER = dict(
     run_dir="runs/imagenet64", channels=192, multipliers=[1, 2, 3, 4], blocks=3, attention=[32, 16, 8],
     dropout=0.1, iterations=500_000, batch_size=1_024, lr=4e-4, warmup=0, ema_decay=0.9999432189950708,
-    flip=True)
+    flip=True, one_step_iterations=40_000)
 QUICK = dict(
     run_dir="runs/imagenet64-quick", data="glyphs", channels=8, multipliers=[1, 2, 4, 8], blocks=1,
     attention=[16, 8], dropout=0.0, iterations=1_200, batch_size=16, lr=2e-3, ema_decay=0.995, flip=False,
-    checkpoint_every=600, steps=[1, 4, 15], features="classifier", fid_samples=500)
+    checkpoint_every=600, steps=[1, 4, 15], one_step=True, one_step_iterations=120, one_step_pairs=500,
+    features="classifier", fid_samples=500)
 DATA_HELP = "folder of ImageNet's 64x64 npz files or their zips, folder or .zip of pictures, or 'glyphs'"
 
 
@@ -971,7 +1070,7 @@ def parse_args(argv=None):
     flag("--loss-ramp", action=yes_no, default=False, help="weigh the loss by w_1 = 2 i/I, w_2 = 2 (1 - i/I)")
     flag("--wavelet-weight", type=number(float, 0), default=1.0, help="w_3, of differences in fine detail")
 
-    flag = parser.flags("another model, known by its content", MAY_CHANGE)
+    flag = parser.flags("beginning from another model", MAY_CHANGE)
     flag("--teacher", help="model file that makes the slopes, frozen; the student begins as its v_1")
     flag("--init", help="model file whose weights the training begins with")
 
@@ -993,6 +1092,9 @@ def parse_args(argv=None):
 
     flag = parser.flags("budget", MAY_CHANGE)
     flag("--iterations", type=count, help="I; may grow when a run is continued")
+    flag("--one-step", action=yes_no, default=False, help="then train a one-step student in three stages")
+    flag("--one-step-iterations", type=count, help="in each of the three")
+    flag("--one-step-pairs", type=count, default=50_000, help="noise draws that the student learns from")
 
     flag = parser.flags("evaluation", MAY_CHANGE)
     flag("--steps", type=count, nargs="+", default=[15], help="network evaluations (NFE) an image")
@@ -1001,6 +1103,7 @@ def parse_args(argv=None):
     flag("--tolerance", type=number(float, above=0), default=1e-4, help="of dopri5, which ignores --steps")
     flag("--fid-samples", type=number(int, 0), default=50_000, help="images; fewer make no FID; 0: none")
     flag("--fid-mode", choices=modes, default="legacy_tensorflow", help="of clean-fid; as published figures")
+    flag("--reference", help=".npz of mu and sigma (EDM's, ADM's) to compare with, instead of the images")
     flag("--features", choices=features, default="inception", help="or of a classifier of the data: no FID")
     flag("--sample-seed", type=number(int, 0), help="of the samples; unset: --seed")
     flag("--classes", type=number(int, 0), nargs="+", help="of pictures and samples.npz; unset: all sorts")
@@ -1027,6 +1130,8 @@ def parse_args(argv=None):
     if 0 < args.fid_samples <= FEATURES[args.features]:
         parser.error(f"--fid-samples: the covariance of {FEATURES[args.features]} {args.features} features "
                      "needs more images than that (0: no distance)")
+    if args.reference and (args.features, args.fid_mode) != ("inception", "legacy_tensorflow"):
+        parser.error("--reference: such statistics are of inception features in legacy_tensorflow mode")
     if args.batch_size % (world() * args.accumulate):
         parser.error(f"--batch-size {args.batch_size} is not divisible by the {world()} ranks"
                      + f" x --accumulate {args.accumulate}" * (args.accumulate > 1))
@@ -1043,7 +1148,7 @@ def main(argv=None):
         args = parse_args(argv)
         device, run = common.pick_device(args.device), Path(args.run_dir)
         with common.rank_zero_first():
-            data = load_data(args)
+            data = None if args.model and args.reference else load_data(args)
         if args.prepare:
             return 0
         run.mkdir(parents=True, exist_ok=True)
@@ -1052,10 +1157,14 @@ def main(argv=None):
             compile_networks(networks.values(), args, device)
         else:
             networks = {"model": train(args, device, data)}
+            if args.one_step:
+                networks["one-step"] = train_one_step(args, device, networks["model"])
         evaluate(args, device, data, networks)
-        common.say(f"Pictures (samples_*.png, metrics.svg) and results.jsonl are in {run}. Next, maybe:\n"
-                   f"    python {args.script} --run-dir {run} --solver ab2 --steps 3 5 9\n"
-                   f"    python {args.script} --run-dir runs/order3 --rk-order 3" + " --quick" * args.quick)
+        common.say(f"Pictures (samples_*.png) and results.jsonl are in {run}.")
+        if not args.model:
+            again = common.command(args, seed=args.seed + 1, run_dir=f"{run}-seed-{args.seed + 1}")
+            common.say("The losses are in metrics.svg there. Next, maybe another solver, another seed:\n"
+                       f"    python {args.script} --run-dir {run} --solver ab2 --steps 3 5 9\n    {again}")
         return 0
     except (InputError, OSError, FloatingPointError) as error:
         return common.explain(error, __file__)

@@ -6,21 +6,23 @@
 
 A flow model learns the velocity that carries noise to data. CUD also lets it catch up with itself: its output
 at time t is pulled towards its own output a little further along its own trajectory, which a Runge-Kutta step
-finds. The trajectories become straight, so few steps suffice, without a teacher or a second training.
+finds. The trajectories become straight, so few steps suffice. No teacher or second training is needed;
+--teacher and --one-step offer them.
 
     x, z          data in [-1, 1] and noise, [B, C, H, W]
     t in [0, 1]   time: t = 0 is data, t = 1 is noise
     x_t           t z + (1 - t) x
     u             dx_t/dt = z - x, the true velocity
     v_1 .. v_k    the network's heads at (x_t, t); sampling integrates the last, or --head
-    k             --rk-order: 1, 2, 3 are the paper's RK12, RK23, RK34; 0 is rectified flow, one head and no y
+    k             --rk-order: 1, 2, 3 are the paper's RK12, RK23, RK34; 0: rectified flow, v_1 without any y
     h             the step, drawn for each sample
     k_1 .. k_k    the Runge-Kutta slopes: k_i is v_1 at time t - (i - 1) h
     X_j           x_t - h sum_i b_i(j) k_i: the trajectory's point at time t - j h, j = 1 .. k
-    y_j           v_1(X_j, t - j h) without gradient; u where t - k h would pass the data
+    y_j           v_1(X_j, t - j h) without gradient; u, for every j, where t - k h would pass the data
 
-    loss = w_1 sum_j |v_j - y_j|^2  +  w_2 sum_j |v_j - u|^2  +  beta KL(z | x)
-           catch up with itself        stay true to the data    where an encoder couples noise to data
+    loss = w_1 sum_j |v_j - y_j|^2  +  w_2 sum_j |v_j - u|^2  +  beta KL(q(z|x), N(0, I))
+           catch up with itself        stay true to the data    where an encoder q couples noise to data
+    w_1 = w_2 = 1, but for --loss-ramp
 
     python cud_mnist.py --quick                     a tour on a CPU in five minutes, nothing downloaded
     python cud_mnist.py --rk-order 3 --one-step     the paper's recipe for MNIST, then the one-step stage
@@ -68,9 +70,9 @@ from common import (
 
 # ------------------------------------------------------------------------------------------------ the method
 
-EPS = 1e-5  # no time is below it: at t = 0 the data is reached, and there is no velocity left to learn
+EPS = 1e-5  # training's earliest time: at t = 0 the data is reached, and no velocity is left to learn
 STEP_RULES = ("uniform", "proportional", "constant")
-STAGES = {  # [points][i]: slope k_i is taken at x_t - h (the sum of these times k_1 .. k_(i-1))
+INNER = {  # [points][i]: slope k_i is taken at x_t - h (a_1 k_1 + .. + a_(i-1) k_(i-1)), these are the a
     "published": {2: [1], 3: [7/4, 1/4]},
     "dense": {2: [1], 3: [0, 2]}}
 WEIGHTS = {  # [points][k][j - 1]: b_1(j) .. b_k(j)
@@ -111,7 +113,7 @@ def catch_up_points(velocity, x_t, t, h, k_1, order=1, points="published"):
     """
     h_x, slopes = align(h, x_t), [k_1]
     for i in range(2, order + 1):
-        x = x_t - h_x * mix(STAGES[points][i], slopes)
+        x = x_t - h_x * mix(INNER[points][i], slopes)
         slopes.append(velocity(x, (t - (i - 1) * h).clamp(min=EPS)))
     where = [x_t - h_x * mix(weights, slopes) for weights in WEIGHTS[points][order]]
     when = [(t - j * h).clamp(min=EPS) for j in range(1, order + 1)]
@@ -122,7 +124,7 @@ def catch_up_loss(network, x, z, t, h, order=1, points="published", velocity=Non
     """L_catchup, L_truth, each [B]: squared errors, averaged over a sample's dimensions, summed over heads.
 
     network: callable (x_t [B, ...], t [B]) -> v_1 .. v_k [max(order, 1), B, ...]; x data, z noise [B, ...].
-    velocity: makes the stages, by default v_1 of `network`; target: makes the y_j, by default `velocity`.
+    velocity: makes the slopes, by default v_1 of `network`; target: makes the y_j, by default `velocity`.
     ValueError where the network's output has another shape.
     """
     def first_head(x, t):
@@ -144,26 +146,26 @@ def catch_up_loss(network, x, z, t, h, order=1, points="published", velocity=Non
     return (v - y).square().flatten(2).mean(2).sum(0), truth
 
 
-def distillation_loss(network, teacher, ema, x, z, t, h, target):
-    """The loss [B] of a student with one head whose slopes a frozen teacher makes, without truth or encoder.
+def distillation_loss(network, teacher, ema, x, z, t, h, rule):
+    """The loss [B] of a one-head student of a frozen teacher: no truth, no encoder.
 
-    teacher, ema: callables (x [B, ...], t [B]) -> velocity [B, ...]. What `target` draws the student to:
-    "consistency": landing where the EMA lands from X_1, weighed by t^2 (Song et al. 2023, eq. 7);
-    "progressive": the teacher's mean slope over two Euler steps (Salimans & Ho 2022);
-    "ema": the EMA's velocity at X_1 (what the released code calls consistency distillation).
-    Steps are shortened to end at EPS, so that the truth u never takes a target's place.
+    teacher, ema: callables (x [B, ...], t [B]) -> velocity [B, ...]; X_1: one Euler step of the teacher.
+    "consistency": x_t - t v lands where the EMA lands from X_1 (Song et al. 2023, eq. 7);
+    "progressive": v is the teacher's mean slope over two such steps (Salimans & Ho 2022);
+    "ema": v is the EMA's velocity at X_1 (what the released code calls consistency distillation).
+    Steps are shortened to end at EPS, so that u never replaces a target.
     """
-    h = torch.minimum(h, (t - EPS) / (2 if target == "progressive" else 1))
+    h = torch.minimum(h, (t - EPS) / (2 if rule == "progressive" else 1))
     x_t = align(t, x) * z + (1 - align(t, x)) * x
     v = network(x_t, t)[0]
     with torch.no_grad():
         k_1 = teacher(x_t, t)
         where, when = catch_up_points(teacher, x_t, t, h, k_1)
-        y = (teacher if target == "progressive" else ema)(where[0], when[0])
-    if target == "progressive":
+        y = (teacher if rule == "progressive" else ema)(where[0], when[0])
+    if rule == "progressive":
         y = (k_1 + y) / 2
     error = v - y
-    if target == "consistency":
+    if rule == "consistency":
         error = x_t - align(t, x) * v - (where[0] - align(when[0], x) * y)
     return error.square().flatten(1).mean(1)
 
@@ -296,17 +298,17 @@ class UNet(nn.Module):
 def load_model(path, device="cpu", head=None):
     """The network that a run has saved, in evaluation mode, without gradients; head samples, by default the
     last."""
-    saved = common.load_pt(path, ["model", "args"])
+    saved = common.load_pt(path, ["model", "args", "images_seen"])
     network = UNet(**saved["args"])
     network.load_state_dict(saved["model"])
     network.choose(head)
-    network.source, network.images_seen = path, saved.get("images_seen")
+    network.source, network.images_seen = path, saved["images_seen"]
     return network.to(device).eval().requires_grad_(False)
 
 
 def begin_from(saved, heads, dropout):
-    """A network with `heads` heads that begins with the weights of a saved one, its last head standing in for
-    those that it lacks; saved: what load_model reads."""
+    """A network with `heads` heads that begins with the weights of a saved one, whose last head stands in for
+    those that it lacks. saved: {"model": its state, "args": its config}, as in a model file."""
     if tuple(saved["args"]["image"]) != IMAGE:
         raise InputError(f"--teacher, --init: that model makes images {saved['args']['image']}, not {IMAGE}")
     network, given = UNet(**saved["args"] | dict(heads=heads, dropout=dropout)), saved["args"]["heads"]
@@ -357,7 +359,7 @@ class CatchUp(nn.Module):
     def forward(self, x, noise, t, h, done):
         """x, noise [B, C, H, W]; t, h [B]; done i/I. Mean loss; sums and counts [2, columns] to log."""
         args, z, kl = self.args, noise, torch.zeros_like(t)
-        if self.encoder is not None:  # learned coupling (arXiv 2301.12003); its UNet wants some t: 1 is noise
+        if self.encoder is not None:  # learned coupling (arXiv 2301.12003), which is told t = 1
             mu, log_var = self.encoder(x, torch.ones_like(t))[0].chunk(2, 1)
             z = mu + (log_var / 2).exp() * noise
             kl = (mu.square() + log_var.exp() - 1 - log_var).flatten(1).mean(1) / 2
@@ -381,7 +383,7 @@ class Stage:
     """A training as fit() sees it: the main one, or the one-step stage after it."""
 
     name: str  # "" or "one_step_": begins the names of its files
-    loss: nn.Module  # loss(*draw(i)): the mean loss, and what to log of it; loss.network is what learns
+    loss: nn.Module  # loss(*draw(i)): the mean loss, and what to log of it; loss.network learns
     ema: nn.Module  # the running average of loss.network, which samples
     networks: list  # to compile
     draw: Callable  # i -> this rank's batch of iteration i, from (seed, i) alone: resuming needs no state
@@ -397,11 +399,11 @@ class Training:
 
     def __init__(self, stage, args, device):
         self.stage, self.args, self.device = stage, args, device
-        self.run, self.name = Path(args.run_dir), stage.name or "model_"
+        self.run, self.name = Path(args.run_dir), stage.name.rstrip("_") or "model"
         self.checkpoint = self.run / f"{stage.name}checkpoint.pt"
-        self.model = self.run / f"{self.name[:-1]}.pt"
+        self.model = self.run / f"{self.name}.pt"
         self.table = self.run / f"{stage.name}metrics.csv"
-        self.trained = [p for p in stage.loss.parameters() if p.requires_grad]
+        self.trained = list(stage.loss.parameters())
         self.optimizer = torch.optim.Adam(self.trained, args.lr, fused=device.type in ("cpu", "cuda"))
         self.parts = {"module": stage.loss, "ema": stage.ema, "optimizer": self.optimizer}
         self.totals = torch.zeros(2, len(stage.loss.columns), device=device)  # sums, counts for the next row
@@ -440,7 +442,7 @@ class Training:
             stage.loss(*one)[0].backward()
         self.optimizer.zero_grad()
         self.flops = counter.get_total_flops()  # an image
-        common.say(f"{self.name}training, iterations {self.start} to {stage.iterations}: "
+        common.say(f"{self.name} training, iterations {self.start} to {stage.iterations}: "
                    f"{self.flops * args.batch_size / 1e9:,.1f} GFLOP each; "
                    f"{sum(p.numel() for p in stage.loss.network.parameters()):,} network parameters, "
                    f"{sum(p.numel() for p in self.trained):,} trained in all")
@@ -481,7 +483,7 @@ class Training:
         if bad < self.never:
             kept = f"{self.checkpoint} keeps iteration {self.kept}" if self.kept else "no checkpoint yet"
             other = common.command(self.args, lr=self.args.lr / 2, run_dir=f"{self.run}-lower-lr")
-            raise InputError(f"the loss is not finite at iteration {bad} of {self.name}training; {kept}. "
+            raise InputError(f"the loss is not finite at iteration {bad} of {self.name} training; {kept}. "
                              f"Another learning rate is another run: {other}")
 
     def log(self, done, bar):
@@ -567,14 +569,16 @@ def fit(stage, args, device):
 
 
 def train(args, device, data):
-    """The one training session; returns the average of the network."""
+    """The main training; returns the average of the network."""
     torch.manual_seed(args.seed)
     shape = dict(image=IMAGE, multipliers=args.multipliers, attention=args.attention, dropout=args.dropout)
     heads, known = max(1, args.rk_order), {"data": data.sha256[:12]}
-    network = UNet(**shape, channels=args.channels, blocks=args.blocks, heads=heads, skip_phi=args.skip_phi)
     if file := args.teacher or args.init:
         network = begin_from(common.load_pt(file, ["model", "args"]), heads, args.dropout)
         known["teacher" if args.teacher else "init"] = common.sha256(file)[:12]
+    else:
+        network = UNet(**shape, channels=args.channels, blocks=args.blocks, heads=heads,
+                       skip_phi=args.skip_phi)
     network = prepare(network, args, device)
     network.choose(args.head)
     teacher = prepare(load_model(args.teacher), args, device) if args.teacher else None
@@ -604,7 +608,7 @@ def train(args, device, data):
     def judge(network):
         try:
             evaluate(args, device, data, {"model": network})
-        except InputError as error:  # the training goes on without
+        except (InputError, FloatingPointError) as error:  # the training goes on without
             common.say(str(error))
 
     loss = CatchUp(network, encoder, target, args, teacher and teacher.velocity)
@@ -644,7 +648,7 @@ def one_step_pairs(args, teacher, device):
     for i in progress(range(ceil_div(n, SAMPLE_BATCH)), "one-step targets"):
         path = []
         noise.append(normal(min(n, SAMPLE_BATCH), device, args.seed, 5, rank(), i))
-        common.euler(teacher.velocity, noise[-1], 16, trajectory=path)
+        common.euler(teacher.velocity, noise[-1], 16, trajectory=path)  # v_1, which the student has
         x0_hats = [x - t * v for t, x, v in (path[8], path[11], path[14])]
         targets.append(torch.stack(x0_hats, 1).half())
     return torch.cat(noise)[:n], torch.cat(targets)[:n]
@@ -704,7 +708,7 @@ def sample(network, n, solver, steps, args, device):
         sums += torch.stack([torch.ones_like(bend), torch.full_like(bend, nfe), bend])
         x0_hats = common.to_uint8(torch.stack([x_t - t * v for t, x_t, v in path] + [x]))
     count, nfe, bend = all_reduce(sums).tolist()
-    return Samples(all_reduce(images), nfe / count, bend / count, x0_hats)  # ranks filled rows of zeros
+    return Samples(all_reduce(images), nfe / count, bend / count, x0_hats)  # the rows of other ranks are 0
 
 
 class Classifier(nn.Module):
@@ -814,11 +818,19 @@ def covariance(m):
     return (m.products - torch.outer(m.sum, m.sum) / m.n) / (m.n - 1)
 
 
+def moments_of(path):
+    """Moments with the mean and covariance of a statistics file; of how many images does not matter."""
+    mean, cov = common.load_moments(path)
+    n = torch.tensor(2.0, dtype=mean.dtype)
+    return Moments(n, n * mean, (n - 1) * cov + n * torch.outer(mean, mean))
+
+
 class Reference(NamedTuple):
     moments: Moments  # of the real images
-    floor: float  # the distance between their two halves, which no model can be expected to go below
-    noise: float  # the distance of pure noise
-    source: str
+    about: str
+    sha256: str
+    floor: float | None = None  # the distance between their halves: no model can be expected to go below it
+    noise: float | None = None  # the distance of pure noise
 
 
 def reference(features, name, data, device):
@@ -834,7 +846,8 @@ def reference(features, name, data, device):
         raise InputError(f"{len(data.images)} real images are too few for the covariance of {name} features")
     saved = common.cached(CACHE / f"moments-{data.sha256[:12]}-{name}.pt", make)
     known = Moments(*(saved[key] for key in Moments._fields))
-    return Reference(known, saved["floor"], saved["noise"], "their statistics computed here")
+    about = f"{data.about} (their statistics computed here)"
+    return Reference(known, about, data.sha256, saved["floor"], saved["noise"])
 
 
 def plan(args, networks):
@@ -863,7 +876,10 @@ def evaluate(args, device, data, networks):
     try:
         features, name = (classifier_features(data, device) if args.features == "classifier"
                           else inception_features(args.fid_mode, device))
-        real = reference(features, name, data, device)
+        if args.reference:
+            real = Reference(moments_of(args.reference), args.reference, common.sha256(args.reference))
+        else:
+            real = reference(features, name, data, device)
     except InputError as error:
         raise InputError(f"no distance: {error}. The training and the pictures in {run} are safe, and the "
                          "same command evaluates later") from None
@@ -871,13 +887,14 @@ def evaluate(args, device, data, networks):
     if args.features == "inception":
         figure = "FID" if args.fid_samples >= 50_000 else f"FID-{args.fid_samples / 1000:g}k"
     seen = networks["model"].images_seen
-    same = dict(figure=figure, n=args.fid_samples, features=name, reference=f"{data.about} ({real.source})",
-                reference_sha256=data.sha256[:12], seed=args.sample_seed, images_seen=seen)
+    same = dict(figure=figure, n=args.fid_samples, features=name, reference=real.about,
+                reference_sha256=real.sha256[:12], seed=args.sample_seed, images_seen=seen)
     common.say(f"{figure}: {same['n']:,} samples against {same['reference']}; {name}; EMA weights; seed "
                f"{same['seed']}; {seen:,} images seen. A distance to the real images: lower is better\n"
                "(NFE: network evaluations an image. Real images, halved: the distance between two halves)\n"
-               f"{'weights':10}{'head':6}{'solver':8}{'NFE':>6}{figure:>18}{'straightness':>14}\n"
-               f"{'real images, halved':30}{real.floor:18.3f}\n{'pure noise':30}{real.noise:18.3f}")
+               f"{'weights':10}{'head':6}{'solver':8}{'NFE':>6}{figure:>18}{'straightness':>14}")
+    for known, value in (("real images, halved", real.floor), ("pure noise", real.noise)):
+        common.say(f"{known:30}" + ("       not known" if value is None else f"{value:18.3f}"))
     for weights, solver, steps in plan(args, networks):
         drawn = sample(networks[weights], args.fid_samples, solver, steps, args, device)
         value = frechet_distance(moments(features, drawn.images), real.moments)
@@ -957,7 +974,7 @@ def parse_args(argv=None):
     flag("--coupling", choices=["learned", "independent"], help="z from an encoder of x, or drawn without it")
     flag("--kl-weight", type=number(float, 0), default=20.0, help="beta: keeps the encoder's z near N(0, I)")
 
-    flag = parser.flags("another model, known by its content", MAY_CHANGE)
+    flag = parser.flags("beginning from another model", MAY_CHANGE)
     flag("--teacher", help="model file that makes the slopes, frozen; the student begins as its v_1")
     flag("--init", help="model file whose weights the training begins with")
 
@@ -989,6 +1006,7 @@ def parse_args(argv=None):
     flag("--tolerance", type=number(float, above=0), default=1e-4, help="of dopri5, which ignores --steps")
     flag("--fid-samples", type=number(int, 0), default=50_000, help="images; fewer make no FID; 0: none")
     flag("--fid-mode", choices=modes, default="legacy_tensorflow", help="of clean-fid; as published figures")
+    flag("--reference", help=".npz of mu and sigma (EDM's, ADM's) to compare with, instead of the images")
     flag("--features", choices=features, default="inception", help="or of a classifier of the data: no FID")
     flag("--sample-seed", type=number(int, 0), help="of the samples; unset: --seed")
     flag("--save-samples", type=count, help="images to write to samples.npz, at the last of --steps")
@@ -1015,6 +1033,8 @@ def parse_args(argv=None):
     if 0 < args.fid_samples <= FEATURES[args.features]:
         parser.error(f"--fid-samples: the covariance of {FEATURES[args.features]} {args.features} features "
                      "needs more images than that (0: no distance)")
+    if args.reference and (args.features, args.fid_mode) != ("inception", "legacy_tensorflow"):
+        parser.error("--reference: such statistics are of inception features in legacy_tensorflow mode")
     if args.batch_size % (world() * args.accumulate):
         parser.error(f"--batch-size {args.batch_size} is not divisible by the {world()} ranks"
                      + f" x --accumulate {args.accumulate}" * (args.accumulate > 1))
@@ -1031,7 +1051,7 @@ def main(argv=None):
         args = parse_args(argv)
         device, run = common.pick_device(args.device), Path(args.run_dir)
         with common.rank_zero_first():
-            data = load_data(args)
+            data = None if args.model and args.reference else load_data(args)
         run.mkdir(parents=True, exist_ok=True)
         if args.model:
             networks = {"model": prepare(load_model(args.model, head=args.head), args, device)}
@@ -1041,9 +1061,11 @@ def main(argv=None):
             if args.one_step:
                 networks["one-step"] = train_one_step(args, device, networks["model"])
         evaluate(args, device, data, networks)
-        common.say(f"Pictures (samples_*.png, metrics.svg) and results.jsonl are in {run}. Next, maybe:\n"
-                   f"    python {args.script} --run-dir {run} --solver ab2 --steps 3 5 9\n"
-                   f"    python {args.script} --run-dir runs/order3 --rk-order 3" + " --quick" * args.quick)
+        common.say(f"Pictures (samples_*.png) and results.jsonl are in {run}.")
+        if not args.model:
+            again = common.command(args, seed=args.seed + 1, run_dir=f"{run}-seed-{args.seed + 1}")
+            common.say("The losses are in metrics.svg there. Next, maybe another solver, another seed:\n"
+                       f"    python {args.script} --run-dir {run} --solver ab2 --steps 3 5 9\n    {again}")
         return 0
     except (InputError, OSError, FloatingPointError) as error:
         return common.explain(error, __file__)
