@@ -936,7 +936,8 @@ QUICK = dict(
     iterations=1_200, batch_size=32, lr=2e-3, ema_decay=0.995, flip=False, checkpoint_every=600,
     steps=[1, 2, 4, 15], one_step=True, one_step_iterations=120, one_step_pairs=1_000, features="classifier",
     fid_samples=1_000)
-DATA_HELP = "CIFAR-10's archive or its folder, a folder or .zip of 32x32 pictures, or 'glyphs' (drawn digits)"
+DATA_HELP = ("CIFAR-10's archive or its folder, folder or .zip of 32x32 pictures, 'glyphs' (drawn digits); "
+             "unset: downloaded to data/cifar10")
 
 
 def load_data(args):
@@ -1037,17 +1038,13 @@ def parse_args(argv=None):
         args.sample_seed = args.seed
     if args.solver == "heun" and any(steps % 2 == 0 for steps in args.steps):
         parser.error("--solver heun takes odd --steps: two evaluations an interval, one in the last")
-    heads = max(1, args.rk_order)
-    if args.head and not args.model and args.head > heads:
-        parser.error(f"--head {args.head}: --rk-order {args.rk_order} has {heads}")
-    refused = {
-        "--init: a student begins as its teacher": args.init,
-        "--rk-order: a student has one head, order 1": args.rk_order != 1,
-        "--coupling learned: the teacher's encoder is not at hand": args.coupling == "learned",
-        "--target online: it is consistency, progressive or ema": args.target == "online",
-        "--loss-ramp: there is no truth to weigh": args.loss_ramp}
-    if args.teacher and any(refused.values()):
-        parser.error(f"with --teacher {[words for words, found in refused.items() if found][0]}")
+    for refused, words in ((args.init, "--init: a student begins as its teacher"),
+                           (args.rk_order != 1, "--rk-order: a student has one head, order 1"),
+                           (args.coupling == "learned", "--coupling learned: there is no encoder"),
+                           (args.target == "online", "--target online: a target is wanted"),
+                           (args.loss_ramp, "--loss-ramp: there is no truth to weigh")):
+        if args.teacher and refused:
+            parser.error(f"with --teacher not {words}")
     if not args.teacher and args.target in ("consistency", "progressive"):
         parser.error(f"--target {args.target} needs a --teacher")
     if 0 < args.fid_samples <= FEATURES[args.features]:

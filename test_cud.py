@@ -1012,7 +1012,7 @@ def test_the_head_that_samples_is_the_one_named(capsys):
     assert run(*few)[0] == run(*few, "--head", "1")[0] == 0  # no flag of the training
     assert [row["head"] for row in common.read_results("runs/mnist")] == [2, 1]
     status, err = run(*few, "--head", "3", capsys=capsys)
-    assert status == 2 and "--head 3: --rk-order 2 has 2" in err[0]
+    assert status == 2 and "--head 3: there are 2" in err[0]
 
 
 def test_a_student_of_a_teacher(capsys):
