@@ -300,9 +300,9 @@ def generator(device, *key):
 
 @contextmanager
 def signals():
-    """Notes Ctrl-C and SIGTERM in what is yielded: its .number, 0 while none came. A second Ctrl-C acts as
-    usual; a repeated SIGTERM, which schedulers and torchrun send, does nothing until the process ends. While
-    .at_once is set, the first one ends the block by SystemExit, with status 128 + number."""
+    """Notes Ctrl-C and SIGTERM in what is yielded: its .number, 0 while none came. A second Ctrl-C interrupts
+    at once; a repeated SIGTERM, which schedulers and torchrun send, does nothing until the process ends.
+    While .at_once is set, the first one ends the block by SystemExit, with status 128 + number."""
     stop = SimpleNamespace(number=0, at_once=False)
 
     def note(number, frame):
@@ -311,7 +311,7 @@ def signals():
             raise SystemExit(128 + number)
         stop.number = number
         if number == signal.SIGINT:
-            signal.signal(number, before[number])
+            signal.signal(number, signal.default_int_handler)  # also where a shell had it ignored
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
