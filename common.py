@@ -4,7 +4,6 @@ Images are uint8 [N, C, H, W] in [0, 255] at rest and float32 in [-1, 1] inside 
 t = 1 is noise; the solvers integrate dx/dt = velocity(x, t) between any two times, in either direction.
 """
 import argparse
-import csv
 import ctypes
 import gzip
 import hashlib
@@ -20,17 +19,19 @@ import shlex
 import signal
 import sys
 import tarfile
+import time
 import traceback
 import urllib.request
 import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from http.client import HTTPException
+from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
 from subprocess import run
+from threading import Thread
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -54,6 +55,16 @@ class InputError(Exception):
 
 class RankError(InputError):
     """What one rank alone lacks: it says so itself. Any other InputError is said once a node."""
+
+
+def first_line(error):
+    """What an exception says, in a line of printable characters."""
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0])
+
+
+def printable(text):
+    """Text, or a file's name that may be none, with what would break or end a line escaped."""
+    return text if text.isprintable() else repr(text)[1:-1]
 
 
 DEFINES, MAY_CHANGE, FORGOTTEN = "defines the run", "may change later", "of this command alone"
@@ -110,10 +121,10 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def remembered(self, path):
-        try:
-            return dict(json.loads(path.read_text())["args"])
-        except (ValueError, KeyError, TypeError) as error:
-            self.error(f"{path} is damaged ({error!r}): move it away, and give the run's flags again")
+        with reading(path, "move it away, and give the run's flags again"):
+            values = dict(json.loads(regular(path, MEGABYTE).read_text())["args"])
+            self.parse_args(as_flags({name: values[name] for name in values if name in self.kinds}))
+            return values
 
 
 def refuse_differences(path, then, now):
@@ -144,15 +155,12 @@ def command(args, **changes):
     return f"python {args.script} {shlex.join(as_flags(args.said | changes))}"
 
 
-def number(kind, low=None, above=None, below=None):
-    """An argparse type: an int or a float, at least `low`, strictly above `above`, strictly below `below`."""
+def number(kind, low, high):
+    """An argparse type: an int or a float from `low` to `high`."""
     def parse(text):
         value = kind(text)
-        if not math.isfinite(value) or (low is not None and value < low) \
-                or (above is not None and value <= above) or (below is not None and value >= below):
-            bounds = [("at least", low), ("above", above), ("below", below)]
-            bounds = " and ".join(f"{word} {bound}" for word, bound in bounds if bound is not None)
-            raise argparse.ArgumentTypeError(f"{text} must be {bounds}")
+        if not low <= value <= high:  # so not nan either
+            raise argparse.ArgumentTypeError(f"{text[:40]} must be from {low:,} to {high:,}")
         return value
     parse.__name__ = kind.__name__  # argparse names the type in "invalid int value"
     return parse
@@ -174,31 +182,66 @@ def duration(seconds):
 # ----------------------------------------------------------------------------------------- ranks and devices
 
 
-patient = []  # the group in which ranks wait for rank 0 for as long as it takes
+state = SimpleNamespace(  # of this process
+    patient=None,  # the group in which ranks wait for rank 0 for as long as it takes
+    kept="nothing is saved yet")  # the last checkpoint, in words
 
 
 def start_ranks():
     """Join the processes that torchrun started; nothing without it. CPU tensors are reduced by gloo, CUDA's
     by NCCL, which the default would take for both."""
-    if "LOCAL_RANK" in os.environ:
+    if "LOCAL_RANK" not in os.environ:
+        return
+    wanted = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if missing := [name for name in wanted if name not in os.environ]:
+        raise RankError(f"LOCAL_RANK is set without {', '.join(missing)}: start with torchrun, or unset it")
+    try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    except Exception as error:  # torch raises half a dozen types here
+        raise RankError(f"cannot join the other ranks: {first_line(error)}") from None
     if world() > 1:  # made while all are alive: a rank that ends is noticed in the wait
-        patient.append(dist.new_group(backend="gloo", timeout=timedelta(days=2)))
+        state.patient = dist.new_group(backend="gloo", timeout=timedelta(days=2))
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        Thread(target=follow, args=[os.getppid()], daemon=True).start()
+
+
+def follow(parent):
+    """Stop this process, as SIGTERM does, when torchrun is gone without having stopped it."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(30)  # what torchrun would wait
+    os._exit(128 + signal.SIGTERM)
 
 
 def run_main(main):
-    """Run main() and end this process with the status that it returns. After an error one of several ranks
-    ends at once: to take leave of the others could mean to wait for one that is gone."""
-    try:
-        status = main()
-    except SystemExit as stop:
-        status = stop.code
-    except BaseException:
-        traceback.print_exc()
-        status = 1
+    """Run main() and end this process with the status that it returns; signals end it with a line. After an
+    error one of several ranks ends at once: to take leave of the others could mean to wait for one that is
+    gone."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # no file may take the number of a stream that the caller has closed
+    os.close(descriptor)
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
+    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr's: names of files may be no text
+    with signals() as stop:
+        stop.at_once = True
+        try:
+            status = main()
+        except SystemExit as leave:
+            status = leave.code or 0
+        except KeyboardInterrupt:
+            status = 130
+        except BaseException:
+            with suppress(OSError):
+                traceback.print_exc()
+                print(f"{state.kept}; the same command goes on from there", file=sys.stderr)
+            status = 1
+        if status > 128:
+            say(f"stopped; {state.kept}; the same command goes on")
     if world() > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
         if status:
             os._exit(status)
         dist.destroy_process_group()
@@ -206,11 +249,19 @@ def run_main(main):
 
 
 def explain(error, script):
-    """Print an expected error as one line on stderr: an InputError by a node's first rank, a RankError by the
-    rank that has it. Returns the exit status, 2."""
-    if isinstance(error, RankError) or os.environ.get("LOCAL_RANK", "0") == "0":
+    """Print an expected error as one line on stderr: an InputError by a node's first rank, others by the
+    rank that has them. Returns the exit status, 2. A RuntimeError that is no lack of memory is raised."""
+    words = first_line(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+        words = (f"out of memory ({words[:100]}); {state.kept}. This run goes on with a larger --accumulate, "
+                 "fewer --fid-samples or --save-samples; a smaller --batch-size needs another --run-dir")
+    elif isinstance(error, RuntimeError):
+        raise error
+    if not isinstance(error, InputError) or isinstance(error, RankError) \
+            or os.environ.get("LOCAL_RANK", "0") == "0":
         who = f"rank {rank()}: " if rank() else ""
-        print(f"{Path(script).name}: error: {who}{error}", file=sys.stderr)
+        with suppress(OSError):
+            print(f"{Path(script).name}: error: {who}{words}", file=sys.stderr)
     return 2
 
 
@@ -235,12 +286,12 @@ def all_reduce(tensor, op=dist.ReduceOp.SUM):
 def rank_zero_first():
     """Rank 0 runs the block, then the others: they find what it downloaded or cached."""
     if rank() > 0:
-        dist.all_reduce(torch.zeros(1), group=patient[0])  # a barrier: it may be reading a million pictures
+        dist.all_reduce(torch.zeros(1), group=state.patient)  # a barrier: it may read a million pictures
     try:
         yield
     finally:  # an error on rank 0 must not leave the others waiting
         if rank() == 0 and world() > 1:
-            dist.all_reduce(torch.zeros(1), group=patient[0])
+            dist.all_reduce(torch.zeros(1), group=state.patient)
 
 
 def progress(iterable, description, **options):
@@ -249,9 +300,22 @@ def progress(iterable, description, **options):
 
 
 def say(text):
-    """Print on rank 0, past a progress bar."""
-    if rank() == 0:
-        tqdm.write(text)
+    """Print on rank 0, past a progress bar. A reader who has gone away does not end a training."""
+    try:
+        if rank() == 0:
+            tqdm.write(text)
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def check_compiler(device):
+    """InputError where torch.compile lacks what it needs on this device."""
+    names = ["CC", "gcc", "clang", "cl"] if device.type == "cuda" else ["CXX", "g++", "clang++", "cl"]
+    if not any(which(os.environ.get(name, name)) for name in names):
+        raise InputError(f"torch.compile needs a compiler ({', '.join(names[1:])}); --compile off needs none")
+    if device.type == "cuda" and find_spec("triton") is None:
+        raise InputError("torch.compile needs the package triton; --compile off does not")
 
 
 def keep_freed_memory():
@@ -300,56 +364,131 @@ def generator(device, *key):
 
 @contextmanager
 def signals():
-    """Notes Ctrl-C and SIGTERM in what is yielded: its .number, 0 while none came. A second Ctrl-C interrupts
-    at once; a repeated SIGTERM, which schedulers and torchrun send, does nothing until the process ends.
-    While .at_once is set, the first one ends the block by SystemExit, with status 128 + number."""
+    """Notes Ctrl-C, SIGTERM and SIGHUP, unless that is ignored (nohup), in what is yielded: its .number, 0
+    while none came. A second Ctrl-C interrupts at once; repeats of the others, which schedulers and torchrun
+    send, do nothing until the process ends. While .at_once is set, the first one ends the block by
+    SystemExit, with status 128 + number."""
     stop = SimpleNamespace(number=0, at_once=False)
 
     def note(number, frame):
-        if stop.at_once and not stop.number:
-            stop.number = number
-            raise SystemExit(128 + number)
-        stop.number = number
+        first, stop.number = not stop.number, stop.number or number
         if number == signal.SIGINT:
             signal.signal(number, signal.default_int_handler)  # also where a shell had it ignored
+        if stop.at_once and first:
+            raise SystemExit(128 + number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield stop
     finally:
-        for number, handler in before.items():
-            if stop.number != signal.SIGTERM:
+        if stop.number in (0, signal.SIGINT):
+            for number, handler in before.items():
                 signal.signal(number, handler)
 
 
 # ----------------------------------------------------------------------------------------------------- files
 
 
+MEGABYTE = 1 << 20
+
+
 @contextmanager
-def replacing(path):
-    """A binary file beside `path` that replaces it when the block ends well: no reader sees half a file."""
+def reading(what, remedy):
+    """Whatever is raised while a file is read and checked becomes one InputError: what it was, and what to
+    do. An InputError passes as it is."""
+    try:
+        yield
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{what} does not exist") from None
+    except Exception as error:  # readers of files raise every type there is
+        reason = first_line(error) if isinstance(error, (OSError, ValueError)) else \
+            f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"{what} is damaged or something else ({reason}): {remedy}") from None
+
+
+def regular(path, most):
+    """`path` as a Path; ValueError where it is no regular file (a pipe would be waited for, a device has no
+    end) or has more than `most` bytes."""
     path = Path(path)
+    size = path.stat().st_size
+    if not path.is_file():
+        raise ValueError("it is no regular file")
+    if size > most:
+        raise ValueError(f"its {size:,} bytes are over the limit of {most:,}")
+    return path
+
+
+def read_most(file, most):
+    """The rest of an open file, to its checksum; ValueError where there are more than `most` bytes: what is
+    compressed may say that it is small."""
+    content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"it unpacks to more than the limit of {most:,} bytes")
+    return content
+
+
+def restore(built, saved, name="it"):
+    """Copy what was saved into what was built, in place, and return that: dicts by their keys, tensors by
+    their values, other things as they are. ValueError where keys, types or shapes differ, or a number is not
+    finite. Nothing of the saved tensors' memory is kept."""
+    if isinstance(built, dict):
+        if not isinstance(saved, dict) or saved.keys() != built.keys():
+            raise ValueError(f"{name} has other parts than this run")
+        return {key: restore(built[key], saved[key], f"{name}.{key}") for key in built}
+    if not torch.is_tensor(built):
+        if type(saved) is not type(built) or (type(built) is float and not math.isfinite(saved)):
+            raise ValueError(f"{name} is {saved!r:.40}")
+        return saved
+    if not torch.is_tensor(saved) or saved.shape != built.shape \
+            or saved.is_floating_point() != built.is_floating_point():
+        found = list(saved.shape) if torch.is_tensor(saved) else type(saved).__name__
+        raise ValueError(f"{name} is {found}, not {list(built.shape)}")
+    if not saved.isfinite().all():
+        raise ValueError(f"{name} is not finite")
+    with torch.no_grad():
+        return built.copy_(saved)
+
+
+@contextmanager
+def replacing(path, previous=None):
+    """A binary file beside `path` that replaces it when the block ends well: no reader sees half a file. What
+    is replaced becomes `previous`. Files that killed processes of this host left beside it are removed."""
+    path, host = Path(path), platform.node().replace(".", "-")
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    for left in path.parent.glob(f".*.{host}.*"):
+        try:
+            os.kill(int(left.suffix[1:]), 0)
+        except ProcessLookupError:
+            left.unlink(missing_ok=True)
+        except (ValueError, OSError):  # not ours, or another user's
+            pass
+    beside = path.with_name(f".{path.name}.{host}.{os.getpid()}")
     try:
         with open(beside, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
 
 
-def save(write, path):
-    """Rank 0 calls write(file), and the file takes the place of `path`."""
+def save(write, path, previous=None):
+    """Rank 0 calls write(file), and the file takes the place of `path`, which becomes `previous`."""
     if rank() == 0:
-        with replacing(path) as file:
+        with replacing(path, previous) as file:
             write(file)
 
 
-def save_pt(content, path):
-    save(lambda file: torch.save(content, file), path)
+def save_pt(content, path, previous=None):
+    save(lambda file: torch.save(content, file), path, previous)
 
 
 def save_json(content, path):
@@ -362,9 +501,9 @@ def save_npz(path, **arrays):
 
 
 @contextmanager
-def locked(folder):
-    """Hold a run folder for one training; InputError where another holds it. The system lets go of it when
-    the process ends, however that happens."""
+def locked(folder, advice, reduce=all_reduce):
+    """Hold a folder for one process, or one training of several; InputError with advice where another holds
+    it. The system lets go of it when the process ends, however that happens. reduce: tells all ranks."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     busy, file = False, open(Path(folder) / ".lock", "w") if rank() == 0 and fcntl else None
     try:
@@ -373,9 +512,8 @@ def locked(folder):
     except OSError as error:  # some network file systems have no locks
         busy = isinstance(error, BlockingIOError)
     try:
-        if int(all_reduce(torch.tensor(int(busy)))):
-            raise InputError(f"another training is under way in {folder}; --model {folder}/model.pt "
-                             "evaluates what it has saved")
+        if int(reduce(torch.tensor(int(busy)))):
+            raise InputError(f"another process is at work in {folder}: {advice}")
         yield
     finally:
         if file:
@@ -384,9 +522,14 @@ def locked(folder):
 
 def start_table(path, columns, start):
     """Rank 0 begins a table, or goes on with it: rows after iteration `start` will be written again."""
-    old = path.read_text().splitlines() if start and rank() == 0 and path.exists() else []
-    rows = [row for row in old[1:] if int(row.split(",")[0]) <= start]
-    save(lambda file: file.write("\n".join([",".join(columns), *rows, ""]).encode()), path)
+    rows = [columns]
+    if start and rank() == 0 and path.exists():
+        with reading(path, "move it away, and a new one begins"):
+            head, *old = read_rows(path)
+            if head != columns:
+                raise ValueError(f"its columns are {', '.join(head):.60}")
+            rows += [row for row in old if int(row[0]) <= start]
+    save(lambda file: file.write("".join(",".join(row) + "\n" for row in rows).encode()), path)
 
 
 def add_row(path, cells):
@@ -395,11 +538,28 @@ def add_row(path, cells):
             print(*cells, sep=",", file=file)
 
 
+def read_rows(path):
+    """A table's head and rows, lists of texts. A last row that was cut short is left out; ValueError where
+    another one is damaged."""
+    *lines, _ = regular(path, 1_000 * MEGABYTE).read_text(errors="replace").split("\n")
+    head, *rows = [line.split(",") for line in lines if line]
+    for row in rows[:]:
+        try:
+            if len(row) != len(head):
+                raise ValueError
+            _ = [float(cell or "nan") for cell in row]
+        except ValueError:
+            if row is not rows[-1]:
+                raise ValueError(f"row {','.join(row)[:40]}") from None
+            rows.pop()
+    return [head, *rows]
+
+
 def read_table(path):
     """A table's columns by name, lists of floats; an empty cell is nan."""
-    with open(path) as file:
-        head, *rows = csv.reader(file)
-    return {name: [float(row[i] or "nan") for row in rows] for i, name in enumerate(head)}
+    with reading(path, "move it away"):
+        head, *rows = read_rows(path)
+        return {name: [float(row[i] or "nan") for row in rows] for i, name in enumerate(head)}
 
 
 def add_result(folder, key, measured):
@@ -411,34 +571,52 @@ def add_result(folder, key, measured):
 
 def read_results(folder):
     """The rows of results.jsonl, each one dict; of equal keys the latest counts."""
-    latest = {}
-    for line in (Path(folder) / "results.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        key = row.pop("key")
-        latest[json.dumps(key)] = key | row
+    path, latest = Path(folder) / "results.jsonl", {}
+    with reading(path, "take the damaged line out"):
+        for line in regular(path, 1_000 * MEGABYTE).read_text().splitlines():
+            row = json.loads(line)
+            key = row.pop("key")
+            latest[json.dumps(key)] = key | row
     return list(latest.values())
 
 
-def load_pt(path, keys):
-    """The dict that torch.save wrote to `path`, on the CPU. InputError where it is cut short, lacks one of
-    `keys` or holds more than tensors and plain values: a pickle that would run code is refused."""
-    try:
+def load_pt(path, keys, remedy="move it away to start anew"):
+    """The dict that torch.save wrote to `path`, on the CPU. InputError where a bit of it is wrong, it lacks
+    one of `keys` or holds more than tensors and plain values: a pickle that would run code is refused."""
+    with reading(path, remedy):
+        with zipfile.ZipFile(regular(path, sys.maxsize)) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("torch.save compresses nothing")
+            if wrong := archive.testzip():  # torch compares no checksums
+                raise ValueError(f"the checksum of {wrong} is wrong")
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen types here
-        raise InputError(f"{path} is not a file this script wrote, or is damaged ({type(error).__name__}); "
-                         "move it away to start anew") from None
-    missing = [key for key in keys if not (isinstance(saved, dict) and key in saved)]
-    if missing:
-        raise InputError(f"{path} is not this script's: it has no {', '.join(missing)}")
+        missing = [key for key in keys if not (isinstance(saved, dict) and key in saved)]
+        if missing:
+            raise ValueError(f"it has no {', '.join(missing)}")
     return saved
 
 
-def cached(path, make):
-    """The dict of tensors and numbers in `path`; where missing, all ranks make() it and rank 0 keeps it."""
+def cached(path, built, make):
+    """restore() what is in `path` into `built`; where it is missing, all ranks make() it, rank 0 keeps it."""
     if all_reduce(torch.tensor(int(Path(path).exists()))) < world():
         save_pt(make(), path)
         all_reduce(torch.zeros(1))  # a barrier: the others wait for rank 0
-    return load_pt(path, ())
+    remedy = "remove it, and it is made again"
+    with reading(path, remedy):
+        return restore(built, load_pt(path, built, remedy))
+
+
+def noted_sha256(path):
+    """The SHA-256 of a file from the net that nobody publishes one of: noted beside it at the first use;
+    InputError where it has changed since."""
+    found, note = sha256(path), Path(f"{path}.sha256")
+    if not note.exists():
+        say(f"{path}: SHA-256 {found}, noted beside it")
+        save(lambda file: file.write(found.encode()), note)
+    elif note.read_text().strip() != found:
+        raise InputError(f"{path} is not what it was at its first use (SHA-256 {found}, noted in {note}); "
+                         "remove both unless you have changed it, and earlier figures with it")
+    return found
 
 
 def versions(device):
@@ -531,9 +709,10 @@ def load_mnist(path, split, shape):
             if path:
                 raise InputError(f"--data: {file} is missing; without --data it is downloaded to data/mnist")
             download([mirror + name for mirror in MNIST_MIRRORS], file, MNIST_MD5[name])
-        if md5(file) != MNIST_MD5[name]:
-            raise InputError(f"--data: {file} is no official MNIST file (wrong MD5): delete and refetch it")
-        arrays.append(np.frombuffer(gzip.decompress(file.read_bytes()), np.uint8, offset=header))
+        with reading(f"--data: {file}", "delete and refetch it"):
+            if md5(regular(file, 100 * MEGABYTE)) != MNIST_MD5[name]:
+                raise ValueError("not MNIST's official file: wrong MD5")
+            arrays.append(np.frombuffer(gzip.decompress(file.read_bytes()), np.uint8, offset=header))
     return torch.tensor(arrays[0]).view(-1, 1, 28, 28), torch.tensor(arrays[1], dtype=torch.int64)
 
 
@@ -551,39 +730,61 @@ def load_cifar10(path, split, shape):
     path = Path(path)
     names = [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
     files, images, labels = {}, [], []
-    if path.is_dir():
-        for folder in (path, path / "cifar-10-batches-py", path / "cifar-10-batches-bin"):
-            files |= {file.name: file.read_bytes() for file in folder.glob("*_batch*") if file.is_file()}
-    elif tarfile.is_tarfile(path):
-        try:
-            with tarfile.open(path) as archive:
-                files = {Path(m.name).name: archive.extractfile(m).read() for m in archive if m.isfile()}
-        except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-            raise InputError(f"--data: {path} is damaged ({error}): delete and refetch it") from None
-    if not any(name.removesuffix(".bin") in names for name in files):
+    with reading(f"--data: {path}", "delete and refetch it"):
+        if path.is_dir():
+            for folder in (path, path / "cifar-10-batches-py", path / "cifar-10-batches-bin"):
+                files |= {file.name: regular(file, 40 * MEGABYTE).read_bytes()
+                          for file in folder.glob("*_batch*") if file.name.removesuffix(".bin") in names}
+        elif tarfile.is_tarfile(regular(path, 400 * MEGABYTE)):
+            with (gzip.open if path.read_bytes()[:2] == b"\x1f\x8b" else open)(path, "rb") as file:
+                whole = io.BytesIO(read_most(file, 400 * MEGABYTE))  # to the checksum at its end
+            with tarfile.open(fileobj=whole, mode="r:") as archive:
+                for member in archive:
+                    name = Path(member.name).name
+                    if member.isfile() and not member.issparse() and name.removesuffix(".bin") in names:
+                        files[name] = archive.extractfile(member).read()
+    if not files:
         return load_pictures(path, split, shape)
     for name in names:
-        try:
-            if f"{name}.bin" in files:  # rows of a label and 3 x 32 x 32 values
-                rows = np.frombuffer(files[f"{name}.bin"], np.uint8).reshape(-1, 3073)
-                batch = {b"labels": rows[:, 0], b"data": rows[:, 1:]}
-            else:
-                batch = ArraysOnly(io.BytesIO(files[name]), encoding="bytes").load()
-            labels.append(torch.tensor(np.asarray(batch[b"labels"], np.int64)))
-            images.append(torch.tensor(batch[b"data"]).view(len(labels[-1]), 3, 32, 32))
-        except Exception as error:  # an unpickler raises anything
-            raise InputError(f"--data: {name} in {path} is damaged or no CIFAR-10 ({error!r})") from None
+        with reading(f"--data: {name} in {path}", "delete and refetch it"):
+            batch = files[f"{name}.bin"] if f"{name}.bin" in files else unpickled(files[name])
+            rows = np.frombuffer(batch, np.uint8).reshape(-1, 3073)  # a label and 3 x 32 x 32 values
+            if rows[:, 0].max() > 9:
+                raise ValueError("it has labels above 9")
+            labels.append(torch.tensor(rows[:, 0], dtype=torch.int64))
+            images.append(torch.tensor(rows[:, 1:]).view(-1, 3, 32, 32))
     return torch.cat(images), torch.cat(labels)
 
 
+class StandIn:
+    """What a pickle of NumPy arrays builds in place of them: their parts, to be looked at."""
+
+    def __init__(self, *args):
+        self.args = args
+
+    def __setstate__(self, parts):
+        self.parts = parts
+
+
 class ArraysOnly(pickle.Unpickler):
-    """Unpickles NumPy arrays and plain values; whatever else a pickle names is refused, so nothing is run."""
+    """Unpickles plain values, and StandIns for NumPy's arrays: nothing a pickle names is run or built."""
 
     def find_class(self, module, name):
-        known = {"_reconstruct": np.zeros(1).__reduce__()[0], "ndarray": np.ndarray, "dtype": np.dtype}
-        if not module.startswith("numpy") or name not in known:
-            raise InputError(f"its pickle asks for {module}.{name}")
-        return known[name]
+        if not module.startswith("numpy") or name not in ("_reconstruct", "ndarray", "dtype"):
+            raise ValueError(f"its pickle asks for {module}.{name}")
+        return StandIn
+
+
+def unpickled(content):
+    """The rows of a binary batch, bytes, from one of the archive for Python."""
+    batch = ArraysOnly(io.BytesIO(content), encoding="bytes").load()
+    _, shape, kind, by_columns, pixels = batch[b"data"].parts
+    labels = batch[b"labels"]
+    if kind.args[0] not in ("u1", b"u1") or by_columns or type(pixels) is not bytes \
+            or shape != (len(labels), 3072) or len(pixels) != len(labels) * 3072:
+        raise ValueError("its data is no uint8 [n, 3072] with as many labels")
+    pixels = np.frombuffer(pixels, np.uint8).reshape(shape)
+    return np.concatenate([np.frombuffer(bytes(labels), np.uint8)[:, None], pixels], 1).tobytes()
 
 
 def list_pictures(path, split):
@@ -594,18 +795,40 @@ def list_pictures(path, split):
     path = Path(path)
     if path.is_dir():
         names = [str(file.relative_to(path)) for file in path.rglob("*")]
-    elif zipfile.is_zipfile(path):
-        archive = zipfile.ZipFile(path)
-        names = archive.namelist()
     else:
-        raise InputError(f"--data: {path} is neither a folder nor a .zip that is whole")
+        with reading(f"--data: {path}", "give a folder, or a .zip that is whole"):
+            archive = zipfile.ZipFile(regular(path, sys.maxsize))
+            names = archive.namelist()
+
+    def read(name):
+        if path.is_dir():
+            return regular(path / name, PICTURE_BYTES).read_bytes()
+        with archive.open(name) as file:
+            return read_most(file, PICTURE_BYTES)
+
     names = sorted(n for n in names if n.lower().endswith((".png", ".jpg", ".jpeg", ".bmp", ".webp"))
                    and not Path(n).name.startswith("."))  # macOS leaves ._x.jpg beside x.jpg
     of = {part: [n for n in names if part in Path(n).parts[:-2]] for part in ("train", "test")}
     names = of[split] if of["train"] or of["test"] else names
     if not names:
         raise InputError(f"--data: {path} holds no {split} pictures (.png, .jpg, .jpeg, .bmp, .webp)")
-    return names, lambda name: (path / name).read_bytes() if path.is_dir() else archive.read(name)
+    return names, read
+
+
+PICTURE_BYTES = 64 * MEGABYTE  # of a picture's file, at most
+
+
+def decode(content, mode):
+    """A picture file's bytes as a PIL image in `mode`. ValueError, or what Pillow raises, where it is of
+    another format, larger or narrower than photographs are, or of 16 bits, which Pillow would clip."""
+    with Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "BMP", "WEBP")) as picture:
+        if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"{picture.width}x{picture.height} pixels are refused")
+        if max(picture.size) > 50 * min(picture.size):
+            raise ValueError(f"{picture.width}x{picture.height} is too narrow")
+        if picture.mode[0] in "IF":
+            raise ValueError("it has more than 8 bits a channel")
+        return picture.convert(mode)
 
 
 def load_pictures(path, split, shape):
@@ -615,24 +838,19 @@ def load_pictures(path, split, shape):
     channels, height, width = shape
     images = np.empty((len(names), height, width, channels), np.uint8)
     for image, name in zip(images, progress(names, "pictures")):
-        try:
-            with Image.open(io.BytesIO(read(name))) as picture:
-                if picture.size != (width, height):
-                    raise InputError(f"it is {picture.width}x{picture.height}, not {width}x{height}")
-                image[:] = np.asarray(picture.convert("L" if channels == 1 else "RGB")).reshape(image.shape)
-        except (InputError, OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-            raise InputError(f"--data: {name} in {path} cannot be used: {error}") from None
+        with reading(f"--data: {name} in {path}", "mend it or take it out"):
+            picture = decode(read(name), "L" if channels == 1 else "RGB")
+            if picture.size != (width, height):
+                raise ValueError(f"it is {picture.width}x{picture.height}, not {width}x{height}")
+            image[:] = np.asarray(picture).reshape(image.shape)
     _, labels = np.unique([str(Path(name).parent) for name in names], return_inverse=True)
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
 
 
 def shrink(content, shape):
     """A picture file's bytes to uint8 `shape` (3, H, W) as ADM and EDM do it: halved by a box filter while it
-    stays large enough, then bicubic, then the centre. ValueError, OSError where that cannot be done."""
-    with Image.open(io.BytesIO(content)) as picture:
-        if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
-            raise ValueError(f"{picture.width}x{picture.height} pixels are refused")
-        picture = picture.convert("RGB")
+    stays large enough, then bicubic, then the centre. As decode() where that cannot be done."""
+    picture = decode(content, "RGB")
     _, height, width = shape
     while min(picture.size) >= 2 * height:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
@@ -645,21 +863,39 @@ def shrink(content, shape):
 
 def npz_blocks(folder, shape):
     """(images uint8 [n, *shape], labels [n] from 0) of each train_data_batch_*.npz, bare or in a zip."""
-    file, found = folder, {path.name: path for path in Path(folder).glob("train_data_batch_*.npz")}
-    try:
-        for file in Path(folder).glob("*train_part*.zip"):
-            inside = {Path(name).name: (file, name) for name in zipfile.ZipFile(file).namelist()
+    found = {path.name: (path, None) for path in Path(folder).glob("train_data_batch_*.npz")}
+    for path in Path(folder).glob("*train_part*.zip"):
+        with reading(f"--data: {path}", "fetch it again"):
+            names = zipfile.ZipFile(regular(path, sys.maxsize)).namelist()
+            inside = {Path(name).name: (path, name) for name in names
                       if re.search(r"train_data_batch_\d+\.npz$", name)}
             if not inside:
                 raise ValueError("no train_data_batch_*.npz in it")
             found |= inside
-        for name in sorted(found, key=lambda name: int(re.search(r"\d+", name)[0])):
-            file = found[name]
-            zipped = isinstance(file, tuple)
-            with np.load(io.BytesIO(zipfile.ZipFile(file[0]).read(file[1])) if zipped else file) as content:
-                yield content["data"].reshape(-1, *shape), np.asarray(content["labels"], np.int64) - 1
-    except (zipfile.BadZipFile, zlib.error, ValueError, KeyError, EOFError) as error:
-        raise InputError(f"--data: {file} is damaged or something else ({error}): fetch it again") from None
+    for name in sorted(found, key=lambda name: int(re.search(r"\d+", name)[0])):
+        path, member = found[name]
+        with reading(f"--data: {' in '.join(filter(None, (member, str(path))))}", "fetch it again"):
+            if member:
+                with zipfile.ZipFile(path) as archive, archive.open(member) as file:
+                    path = io.BytesIO(read_most(file, 4_000 * MEGABYTE))
+            images, labels = npz_arrays(path, ["data", "labels"])
+            if images.dtype != np.uint8 or labels.dtype.kind not in "iu" or labels.ndim != 1 or \
+                    images.shape not in ((len(labels), math.prod(shape)), (len(labels), *shape)):
+                raise ValueError(f"data {images.dtype} {list(images.shape)}, labels {labels.dtype} "
+                                 f"{list(labels.shape)}, where uint8 {['n', *shape]} and integers [n] belong")
+            if len(labels) and not 1 <= labels.min() <= labels.max() <= 1_000:
+                raise ValueError(f"labels {labels.min()} to {labels.max()}, not among 1 to 1,000")
+        yield images.reshape(-1, *shape), labels.astype(np.int64) - 1
+
+
+def npz_arrays(file, names, most=4_000 * MEGABYTE):
+    """These arrays of an .npz, each of at most `most` bytes; no other is read, nothing unpickled."""
+    file = file if isinstance(file, io.BytesIO) else regular(file, most)
+    with np.load(file, allow_pickle=False) as content:
+        for name in names:
+            if content.zip.getinfo(f"{name}.npy").file_size > most:
+                raise ValueError(f"{name} unpacks to more than the limit of {most:,} bytes")
+        return [content[name] for name in names]
 
 
 def picture_blocks(names, read, numbers, shape, skipped):
@@ -669,7 +905,7 @@ def picture_blocks(names, read, numbers, shape, skipped):
         try:
             return shrink(read(name), shape)
         except Exception as error:  # Pillow and zlib raise a dozen types
-            return f"{name}: {error}"
+            return f"{printable(name)}: {first_line(error)}"
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for i in range(0, len(names), 1_000):
@@ -694,8 +930,6 @@ def survey(path):
 
 def read_into(cache, data, shape):
     """Write images.npy, labels.npy and, last, about.json: where it is, all of them are whole."""
-    for old in cache.glob(".images.npy.*"):  # of a preparation that was killed
-        old.unlink()
     blocks, kind, skipped = npz_blocks(data, shape), "npz images, downsampled by their authors", []
     first, classes = next(blocks, None), None
     if first is None:
@@ -717,12 +951,12 @@ def read_into(cache, data, shape):
             raise InputError(f"--data: none of the pictures in {data} can be used, as {skipped[0]}")
         file.seek(0)  # now that their number is known
         np.lib.format.write_array_header_1_0(file, header | {"shape": (len(labels), *shape)})
-    for entry in skipped:
-        say(f"skipped {entry}")
     save(lambda file: np.save(file, labels), cache / "labels.npy")
     names = range(1, labels.max() + 2) if classes is None else classes
     save_json(dict(data=data, source=survey(data), kind=kind, skipped=skipped, sha256=digest.hexdigest(),
                    classes=[str(name) for name in names]), cache / "about.json")
+    for entry in skipped:
+        say(f"skipped {entry}")
 
 
 def load_imagenet(data, cache, shape, prepare=False):
@@ -734,37 +968,45 @@ def load_imagenet(data, cache, shape, prepare=False):
             raise InputError(IMAGENET_WANTED)
         if rank():
             raise InputError(f"--cache {cache} is not on this node: share it, or run --prepare here first")
-        read_into(cache, data, shape)
-    about = json.loads((cache / "about.json").read_text())
-    if data not in (None, about["data"]):
-        raise InputError(f"--cache {cache} holds {about['data']}: give another one, or remove it")
-    if prepare and data and (found := survey(data)) != about["source"]:
-        raise InputError(f"{data} has changed since it was read: {about['source']} then, {found} now; remove "
+        with locked(cache, "it is reading the pictures; wait for it", reduce=int):  # the other ranks wait
+            if not (cache / "about.json").exists():
+                read_into(cache, data, shape)
+    with reading(f"--cache {cache}", "remove it, and give --data to read the pictures again"):
+        about = json.loads(regular(cache / "about.json", 1_000 * MEGABYTE).read_text())
+        images, labels = (np.load(regular(cache / f"{name}.npy", sys.maxsize), mmap_mode="c")
+                          for name in ("images", "labels"))
+        classes, n = [str(name) for name in about["classes"]], len(labels)
+        if images.dtype != np.uint8 or images.shape != (n, *shape) or not n or labels.dtype != np.int64 \
+                or labels.shape != (n,) or not 0 <= labels.min() <= labels.max() < len(classes):
+            raise ValueError(f"images {images.dtype} {list(images.shape)}, labels {labels.dtype} "
+                             f"{list(labels.shape)}, {len(classes)} classes do not belong together")
+        kind, skipped, digest = f"{n:,} {about['kind']}", list(about["skipped"]), str(about["sha256"])
+        origin, source = str(about["data"]), dict(about["source"])
+    if data not in (None, origin):
+        raise InputError(f"--cache {cache} holds {origin}: give another one, or remove it")
+    if prepare and data and (found := survey(data)) != source:
+        raise InputError(f"{data} has changed since it was read: {source} then, {found} now; remove "
                          f"{cache} to read it again")
-    images, classes = torch.from_numpy(np.load(cache / "images.npy", mmap_mode="c")), about["classes"]
-    names = ", ".join(f"{number} {name}" for number, name in enumerate(classes[:20]))
+    names = ", ".join(f"{number} {printable(name)}" for number, name in enumerate(classes[:20]))
     more = f", ... (all in {cache / 'about.json'})" * (len(classes) > 20)
-    say(f"{len(images):,} {about['kind']}, {len(about['skipped'])} skipped; "
-        f"{len(classes)} classes: {names}{more}")
-    return Data(images, torch.from_numpy(np.load(cache / "labels.npy")),
-                f"{len(images):,} {about['kind']} in {Path(about['data']).name}", classes, about["sha256"])
+    say(f"{kind}, {len(skipped)} skipped; {len(classes)} classes: {names}{more}")
+    return Data(torch.from_numpy(images), torch.from_numpy(labels), f"{kind} in {Path(origin).name}", classes,
+                digest)
 
 
 def load_moments(path):
     """The arrays mu [2048] and sigma [2048, 2048] of an .npz, float64: published statistics of Inception's
     features. Nothing else in the file is read. InputError where they cannot be such."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            mean, cov = (torch.from_numpy(np.asarray(file[name], np.float64)) for name in ("mu", "sigma"))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path} holds no mu and sigma ({error})") from None
-    if mean.shape != (2048,) or cov.shape != (2048, 2048):
-        raise InputError(f"{path}: mu {list(mean.shape)}, sigma {list(cov.shape)} are not of 2048 features")
-    if not (mean.isfinite().all() and cov.isfinite().all() and cov.trace() > 0):
-        raise InputError(f"{path}: mu and sigma are not finite, or sigma has no positive trace")
-    if (cov - cov.T).abs().max() > 1e-6 * cov.abs().max():
-        raise InputError(f"{path}: sigma is not symmetric")
-    return mean, cov
+    with reading(path, "give an .npz with mu and sigma of Inception's features"):
+        mean, cov = (torch.from_numpy(np.asarray(array, np.float64))
+                     for array in npz_arrays(path, ["mu", "sigma"]))
+        if mean.shape != (2048,) or cov.shape != (2048, 2048):
+            raise ValueError(f"mu {list(mean.shape)}, sigma {list(cov.shape)} are not of 2048 features")
+        if not (mean.isfinite().all() and cov.isfinite().all() and cov.trace() > 0):
+            raise ValueError("mu and sigma are not finite, or sigma has no positive trace")
+        if (cov - cov.T).abs().max() > 1e-6 * cov.abs().max():
+            raise ValueError("sigma is not symmetric")
+        return mean, cov
 
 
 def glyphs(n, shape, seed=0):
@@ -873,6 +1115,29 @@ def chart_table(table, columns, path):
 #   steps       network evaluations (NFE) to spend on an even grid from t_start to t_end; dopri5 ignores it
 #   tolerance   relative and absolute error a step, dopri5 alone
 #   trajectory  a list that receives (t, x, velocity at x) for each point of the path where a step begins
+
+
+class Course:
+    """A trajectory that keeps of its points what tells how straight they lie, and where `shown` samples of
+    each would lead: x_hat uint8 [points, samples, ...]."""
+
+    def __init__(self, shown=slice(0)):
+        self.shown, self.x_hats, self.n, self.sum, self.squares = shown, [], 0, 0.0, 0.0
+
+    def append(self, point):
+        t, x, v = point
+        self.x_hats.append(to_uint8(x[self.shown] - t * v[self.shown]))
+        v = self.wide(v)
+        self.n, self.sum, self.squares = self.n + 1, self.sum + v, self.squares + v.square().mean()
+
+    def bend(self, v):
+        """The mean squared deviation of the velocities from v, the velocity of a straight path; a tensor."""
+        v = self.wide(v)
+        return self.squares / self.n + (v.square() - 2 * v * self.sum / self.n).mean()
+
+    @staticmethod
+    def wide(v):
+        return v if v.device.type == "mps" else v.double()  # mps has no float64
 
 
 def _slope(velocity, x, t, trajectory=None):

@@ -38,6 +38,7 @@ import argparse
 import copy
 import hashlib
 import math
+import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -296,25 +297,28 @@ class UNet(nn.Module):
 
 def load_model(path, device="cpu", head=None):
     """The network that a run has saved, in evaluation mode, without gradients; head samples, by default the
-    last."""
-    saved = common.load_pt(path, ["model", "args", "images_seen"])
-    network = UNet(**saved["args"])
-    network.load_state_dict(saved["model"])
+    last. InputError where the file is damaged, of other images, or its weights are not finite."""
+    remedy = "give a model.pt that this script has written"
+    saved = common.load_pt(path, ["model", "args", "images_seen"], remedy)
+    with common.reading(path, remedy):
+        image, blocks = saved["args"]["image"], saved["args"]["blocks"]
+        if tuple(image) != IMAGE or blocks > len(saved["model"]):
+            raise ValueError(f"{blocks} blocks, images {image}, not {IMAGE}")
+        network = UNet(**saved["args"])
+        common.restore(network.state_dict(), saved["model"], "model")  # from half precision, too
+        network.source, network.images_seen = path, int(saved["images_seen"])
     network.choose(head)
-    network.source, network.images_seen = path, saved["images_seen"]
     return network.to(device).eval().requires_grad_(False)
 
 
 def begin_from(saved, heads, dropout):
-    """A network with `heads` heads that begins with the weights of a saved one, whose last head stands in for
-    those that it lacks. saved: {"model": its state, "args": its config}, as in a model file."""
-    if tuple(saved["args"]["image"]) != IMAGE:
-        raise InputError(f"--teacher, --init: that model makes images {saved['args']['image']}, not {IMAGE}")
-    network, given = UNet(**saved["args"] | dict(heads=heads, dropout=dropout)), saved["args"]["heads"]
-    weights = dict(saved["model"])
+    """A network with `heads` heads that begins with the weights of another one, whose last head stands in for
+    those that it lacks."""
+    network = UNet(**saved.config | dict(heads=heads, dropout=dropout))
+    weights = saved.state_dict()
     for name in network.state_dict().keys() - weights.keys():
         head, part = name.removeprefix("heads.").split(".", 1)
-        weights[name] = weights[f"heads.{given - 1}.{part}"]
+        weights[name] = weights[f"heads.{len(saved.heads) - 1}.{part}"]
     network.load_state_dict({name: weights[name] for name in network.state_dict()})
     return network
 
@@ -329,6 +333,7 @@ def prepare(network, args, device):
 def compile_networks(networks, args, device):
     """torch.compile in place, which leaves the names of the weights as they are."""
     if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):
+        common.check_compiler(device)
         torch._dynamo.config.recompile_limit = 64  # networks, batch sizes and numbers of heads share forward
         for network in networks:
             network.compile(dynamic=False)
@@ -400,6 +405,7 @@ class Training:
         self.stage, self.args, self.device = stage, args, device
         self.run, self.name = Path(args.run_dir), stage.name.rstrip("_") or "model"
         self.checkpoint = self.run / f"{stage.name}checkpoint.pt"
+        self.previous = self.run / f"{stage.name}checkpoint_previous.pt"
         self.model = self.run / f"{self.name}.pt"
         self.table = self.run / f"{stage.name}metrics.csv"
         self.trained = list(stage.loss.parameters())
@@ -408,30 +414,44 @@ class Training:
         self.totals = torch.zeros(2, len(stage.loss.columns), device=device)  # sums, counts for the next row
         self.never = torch.iinfo(torch.int64).max
         self.first_bad = torch.full((), self.never, device=device)  # first iteration with a non-finite loss
-        self.start = self.kept = self.resume() if self.checkpoint.exists() else 0  # iterations
+        found = [path for path in (self.checkpoint, self.previous) if path.exists()]
+        self.start, token = self.resume(found[0]) if found else (0, 0)
+        first, last = (all_reduce(torch.tensor([self.start, token]), op).tolist()
+                       for op in (dist.ReduceOp.MIN, dist.ReduceOp.MAX))
+        if first != last:
+            raise InputError(f"ranks find different checkpoints in {self.run}, of iterations {first[0]} to "
+                             f"{last[0]}: it must be one folder that all nodes see")
         stage.ema.source, stage.ema.images_seen = self.model, self.start * args.batch_size
         if not self.start and self.model.exists():
             raise InputError(f"{self.model} has no {self.checkpoint.name} to continue from: --model "
                              f"{self.model} evaluates it, another --run-dir trains anew")
 
-    def resume(self):
-        """Load the checkpoint; returns its iteration."""
-        saved = common.load_pt(self.checkpoint, [*self.parts, "iteration", "totals", "definition"])
-        now = dict(self.stage.definition)
-        if saved["iteration"] == self.stage.iterations:
-            now.pop("data", None)  # other images may judge a finished run
-        common.refuse_differences(self.checkpoint, saved["definition"], now)
-        if saved["iteration"] > self.stage.iterations:
-            raise InputError(f"{self.checkpoint} is at iteration {saved['iteration']}, past --iterations "
-                             f"{self.stage.iterations}")
-        try:
+    def resume(self, path):
+        """Load a checkpoint: its iteration, and the number that tells it from others."""
+        remedy = "move it away to start anew"
+        if path == self.checkpoint and self.previous.exists():
+            remedy = f"move it away to go on from {self.previous.name}"
+        saved = common.load_pt(path, [*self.parts, "iteration", "token", "totals", "definition"], remedy)
+        with common.reading(path, remedy):
+            iteration, token = (common.restore(0, saved[key], key) for key in ("iteration", "token"))
+            now = dict(self.stage.definition)
+            if iteration == self.stage.iterations:
+                now.pop("data", None)  # other images may judge a finished run
+            common.refuse_differences(path, saved["definition"], now)
+            if not 0 < iteration <= self.stage.iterations:
+                raise InputError(f"{path} is at iteration {iteration}, past --iterations "
+                                 f"{self.stage.iterations}")
+            for parameter in self.trained:
+                parameter.grad = torch.zeros_like(parameter)
+            self.optimizer.step()  # without gradients: makes the state that the saved one is copied into
+            self.optimizer.zero_grad()
+            saved["optimizer"] = saved["optimizer"]["state"]  # its other part are flags
             for key, part in self.parts.items():
-                part.load_state_dict(saved[key])
-        except (RuntimeError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"{self.checkpoint} holds another network: {reason}") from None
-        self.totals += saved["totals"].to(self.device)
-        return saved["iteration"]
+                state = part.state_dict()
+                common.restore(state["state"] if key == "optimizer" else state, saved[key], key)
+            self.totals += common.restore(torch.zeros_like(self.totals), saved["totals"], "totals")
+        common.state.kept = f"{path} keeps iteration {iteration}"
+        return iteration, token
 
     def begin(self):
         """Say what comes, compile, and let the ranks share the gradients."""
@@ -476,14 +496,15 @@ class Training:
         get_ema_multi_avg_fn(decay)(self.averaged, self.current, None)
         self.images += args.batch_size
 
-    def check(self):
-        """InputError where a loss was not finite: nothing is saved over the last checkpoint."""
+    def check(self, done):
+        """InputError where a loss or a weight is not finite: nothing is saved over the last checkpoint."""
+        if not math.isfinite(float(nn.utils.get_total_norm([*self.trained, *self.averaged]))):
+            self.first_bad.clamp_(max=done)
         bad = int(all_reduce(self.first_bad.clone(), dist.ReduceOp.MIN))
         if bad < self.never:
-            kept = f"{self.checkpoint} keeps iteration {self.kept}" if self.kept else "no checkpoint yet"
             other = common.command(self.args, lr=self.args.lr / 2, run_dir=f"{self.run}-lower-lr")
-            raise InputError(f"the loss is not finite at iteration {bad} of {self.name} training; {kept}. "
-                             f"Another learning rate is another run: {other}")
+            raise InputError(f"loss or weights are not finite at iteration {bad} of {self.name} training; "
+                             f"{common.state.kept}. Another learning rate is another run: {other}")
 
     def log(self, done, bar):
         """A row of metrics.csv; its loss and speed beside the bar or, where none is shown, as a line."""
@@ -521,22 +542,44 @@ class Training:
     def save(self, done):
         """The checkpoint for continuing, metrics.svg for looking, the weights for sampling."""
         state = {key: part.state_dict() for key, part in self.parts.items()}
-        common.save_pt(state | dict(iteration=done, definition=self.stage.definition,
-                                    totals=all_reduce(self.totals.clone()) / world()), self.checkpoint)
-        self.kept = done
+        token = int.from_bytes(os.urandom(4), "big")
+        common.save_pt(state | dict(iteration=done, token=token, definition=self.stage.definition,
+                                    totals=all_reduce(self.totals.clone()) / world()),
+                       self.checkpoint, self.previous)
+        common.state.kept = f"{self.checkpoint} keeps iteration {done}"
         common.chart_table(self.table, self.stage.loss.columns, self.table.with_suffix(".svg"))
         self.save_model(self.model, done)
+
+    def draw(self, done):
+        """The sample grid of an iteration."""
+        path = self.run / f"{self.stage.name}samples_{done:06}.png"
+        try:
+            common.save_grid(self.stage.pictures(self.stage.ema), path)
+        except FloatingPointError as error:  # the training goes on without
+            common.say(str(error))
+
+    def complete(self):
+        """Make what a kill after the checkpoint left out, or somebody has deleted since."""
+        wanted = (self.model, self.run / f"{self.stage.name}samples_{self.start:06}.png")
+        missing = torch.tensor([int(not path.exists()) for path in wanted])
+        model, grid = all_reduce(missing).tolist()
+        if model:
+            self.save_model(self.model, self.start)
+        if grid:
+            self.draw(self.start)
 
 
 def fit(stage, args, device):
     """Train a stage to its last iteration, from its checkpoint where there is one."""
     training = Training(stage, args, device)
     if training.start == stage.iterations:
-        if int(all_reduce(torch.tensor(int(not training.model.exists())))):  # it can be written again
-            training.save_model(training.model, stage.iterations)
-        return compile_networks([stage.ema], args, device)
-    with common.locked(args.run_dir), common.signals() as stop:
+        compile_networks([stage.ema], args, device)
+        return training.complete()
+    advice = f"--model {training.model} evaluates what it has saved"
+    with common.locked(args.run_dir, advice), common.signals() as stop:
         training.begin()
+        if training.start:
+            training.complete()
         todo = range(training.start, stage.iterations)
         bar = progress(todo, "training", initial=training.start, total=stage.iterations)
         for i in bar:
@@ -548,18 +591,16 @@ def fit(stage, args, device):
             saving = stopping or last or evaluating or done % args.checkpoint_every == 0
             training.estimate(done)
             if logging or saving:
-                training.check()
+                training.check(done)
             if logging:
                 training.log(done, bar)
             if saving:
                 began = time.time()
                 training.save(done)
                 if stopping:
-                    common.say(f"stopped and saved at iteration {done}; the same command continues")
                     raise SystemExit(128 + stopping)
                 stop.at_once = True  # what follows can be done again
-                picture = training.run / f"{stage.name}samples_{done:06}.png"
-                common.save_grid(stage.pictures(stage.ema), picture)
+                training.draw(done)
                 if evaluating and not last:
                     training.save_model(training.run / f"model_{done:07}.pt", done)
                     stage.evaluate(stage.ema)
@@ -573,7 +614,7 @@ def train(args, device, data):
     shape = dict(image=IMAGE, multipliers=args.multipliers, attention=args.attention, dropout=args.dropout)
     heads, known = max(1, args.rk_order), {"data": data.sha256[:12]}
     if file := args.teacher or args.init:
-        network = begin_from(common.load_pt(file, ["model", "args"]), heads, args.dropout)
+        network = begin_from(load_model(file), heads, args.dropout)
         known["teacher" if args.teacher else "init"] = common.sha256(file)[:12]
     else:
         network = UNet(**shape, channels=args.channels, blocks=args.blocks, heads=heads,
@@ -657,8 +698,7 @@ def one_step_pairs(args, teacher, device):
 
 def train_one_step(args, device, teacher):
     """The additional training in three stages, one for each target; returns the average of the student."""
-    saved = {"model": teacher.state_dict(), "args": teacher.config}
-    student = prepare(begin_from(saved, heads=1, dropout=args.dropout), args, device)
+    student = prepare(begin_from(teacher, heads=1, dropout=args.dropout), args, device)
     ema = copy.deepcopy(student).eval().requires_grad_(False)
     pairs = []
 
@@ -694,7 +734,7 @@ class Samples(NamedTuple):
     images: torch.Tensor  # uint8 [n, C, H, W]
     nfe: float  # network evaluations an image; the mean over batches, which dopri5 treats differently
     straightness: float  # mean squared deviation of v from x_1 - x_0 along the paths; 0: they are straight
-    x0_hats: torch.Tensor  # uint8 [points + 1, B, C, H, W]: where each point of the last batch's paths leads
+    x0_hats: torch.Tensor  # uint8 [points + 1, 8, C, H, W]: where each point of some samples' paths leads
 
 
 @torch.no_grad()
@@ -703,13 +743,15 @@ def sample(network, n, solver, steps, args, device):
     size, images = min(n, SAMPLE_BATCH), torch.zeros(n, *IMAGE, dtype=torch.uint8, device=device)
     sums, x0_hats = torch.zeros(3, device=device), None  # of batches, their NFE and straightness
     for i in progress(range(rank(), ceil_div(n, size), world()), f"{solver} {steps}, batches of {size}"):
-        z, path = normal(size, device, args.sample_seed, 1, i), []
+        z, path = normal(size, device, args.sample_seed, 1, i), common.Course(slice(8))
         x, nfe = common.SOLVERS[solver](network.sampled, z, steps, tolerance=args.tolerance, trajectory=path)
         images[i * size:(i + 1) * size] = common.to_uint8(x)[:n - i * size]
-        bend = torch.stack([(v - (z - x)).square().mean() for _, _, v in path]).mean()
+        bend = path.bend(z - x)
         sums += torch.stack([torch.ones_like(bend), torch.full_like(bend, nfe), bend])
-        x0_hats = common.to_uint8(torch.stack([x_t - t * v for t, x_t, v in path] + [x]))
+        x0_hats = torch.stack([*path.x_hats, common.to_uint8(x[path.shown])])
     count, nfe, bend = all_reduce(sums).tolist()
+    if not math.isfinite(bend):
+        raise FloatingPointError(f"{solver}, {steps} steps: samples are not finite; no pictures, no distance")
     return Samples(all_reduce(images), nfe / count, bend / count, x0_hats)  # the rows of other ranks are 0
 
 
@@ -750,10 +792,11 @@ def classifier_features(data, device):
             f = [network(common.to_float(part.to(device)))[0] for part in data.images.split(SAMPLE_BATCH)]
         return {"network": network.state_dict(), "scale": torch.cat(f).std(0).clamp(min=1e-3)}
 
-    saved = common.cached(CACHE / f"classifier-{data.sha256[:12]}.pt", make)
-    network.eval().load_state_dict(saved["network"])
-    digest = hashlib.sha256(b"".join(v.numpy().tobytes() for v in saved["network"].values())).hexdigest()
-    scale = saved["scale"].to(device)
+    scale = torch.zeros(FEATURES["classifier"], device=device)
+    common.cached(CACHE / f"classifier-{data.sha256[:12]}.pt",
+                  {"network": network.state_dict(), "scale": scale}, make)
+    weights = [value.cpu().numpy().tobytes() for value in network.eval().state_dict().values()]
+    digest = hashlib.sha256(b"".join(weights)).hexdigest()
 
     def features(images):
         return network(common.to_float(images.to(device)))[0] / scale
@@ -769,6 +812,7 @@ def inception_features(mode, device):
         with common.rank_zero_first():
             if not path.exists():  # its own download would leave half a file when cut short
                 common.download([downloads_helper.inception_url], path)
+        digest = common.noted_sha256(path)
         network = inception_torchscript.InceptionV3W(CACHE, download=False, resize_inside=mode != "clean")
     except (ImportError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -782,7 +826,7 @@ def inception_features(mode, device):
             x = torch.from_numpy(x).to(device)
         return network(x)
 
-    return features, f"inception-{mode}"
+    return features, f"inception-{mode}-{digest[:8]}"
 
 
 class Moments(NamedTuple):
@@ -844,16 +888,20 @@ def reference(features, name, data, device):
         return whole._asdict() | {"floor": frechet_distance(*halves),
                                   "noise": frechet_distance(moments(features, noise), whole)}
 
-    if len(data.images) < 2 * FEATURES[name.split("-")[0]]:
+    size = FEATURES[name.split("-")[0]]
+    if len(data.images) < 2 * size:
         raise InputError(f"{len(data.images)} real images are too few for the covariance of {name} features")
-    saved = common.cached(CACHE / f"moments-{data.sha256[:12]}-{name}.pt", make)
+    zeros = Moments(*(torch.zeros(shape, dtype=torch.float64) for shape in ((), size, (size, size))))
+    saved = common.cached(CACHE / f"moments-{data.sha256[:12]}-{name}.pt",
+                          zeros._asdict() | dict(floor=0.0, noise=0.0), make)
     known = Moments(*(saved[key] for key in Moments._fields))
     about = f"{data.about} (their statistics computed here)"
     return Reference(known, about, data.sha256, saved["floor"], saved["noise"])
 
 
 def precomputed(args):
-    """The Moments of CIFAR-10 by clean-fid; None for other data, or where they cannot be had."""
+    """The Moments of CIFAR-10 by clean-fid, and the SHA-256 of their file; None for other data, or where they
+    cannot be had."""
     path = CACHE / f"cifar10_{args.fid_mode}_{args.split}_32.npz"
     if args.data is not None or args.features != "inception":
         return None
@@ -861,9 +909,9 @@ def precomputed(args):
         with common.rank_zero_first():
             if not path.exists():
                 common.download([STATISTICS + path.name], path)
-        return moments_of(path)
     except InputError:
         return None
+    return moments_of(path), common.noted_sha256(path)
 
 
 def plan(args, networks):
@@ -882,7 +930,7 @@ def evaluate(args, device, data, networks):
         drawn = sample(networks[weights], 64, solver, steps, args, device)
         common.save_grid(drawn.images, run / f"samples_{weights}_{solver}{steps or ''}.png")
         if rank() == 0 and weights == "model" and (steps or max(args.steps)) == max(args.steps):
-            rows = drawn.x0_hats[:, :8].transpose(0, 1).flatten(0, 1)  # a sample a row
+            rows = drawn.x0_hats.transpose(0, 1).flatten(0, 1)  # a sample a row
             common.save_grid(rows, run / "trajectory.png", columns=len(drawn.x0_hats))
     if args.save_samples:
         drawn = sample(networks["model"], args.save_samples, args.solver, args.steps[-1], args, device)
@@ -897,7 +945,8 @@ def evaluate(args, device, data, networks):
         else:
             real = reference(features, name, data, device)
         if not args.reference and (known := precomputed(args)):
-            real = real._replace(moments=known, about=f"{data.about} (clean-fid's precomputed statistics)")
+            real = real._replace(moments=known[0], sha256=known[1],
+                                 about=f"{data.about} (clean-fid's precomputed statistics)")
     except InputError as error:
         raise InputError(f"no distance: {error}. The training and the pictures in {run} are safe, and the "
                          "same command evaluates later") from None
@@ -913,13 +962,14 @@ def evaluate(args, device, data, networks):
                f"{'weights':10}{'head':6}{'solver':8}{'NFE':>6}{figure:>18}{'straightness':>14}")
     for known, value in (("real images, halved", real.floor), ("pure noise", real.noise)):
         common.say(f"{known:30}" + ("       not known" if value is None else f"{value:18.3f}"))
+    files = {weights: common.sha256(network.source)[:12] for weights, network in networks.items()}
     for weights, solver, steps in plan(args, networks):
         drawn = sample(networks[weights], args.fid_samples, solver, steps, args, device)
         value = frechet_distance(moments(features, drawn.images), real.moments)
         network = networks[weights]
         common.say(f"{weights:10}{network.head:<6}{solver:8}{drawn.nfe:6.4g}{value:18.3f}{drawn.straightness:14.5f}")
         common.add_result(run, same | dict(
-            weights=f"{weights} EMA", model_sha256=common.sha256(network.source)[:12], head=network.head,
+            weights=f"{weights} EMA", model_sha256=files[weights], head=network.head,
             solver=solver, steps=steps, tolerance=None if steps else args.tolerance), dict(
             value=value, nfe=drawn.nfe, straightness=drawn.straightness, floor=real.floor, noise=real.noise,
             torch=torch.__version__, device=str(device)))
@@ -954,7 +1004,7 @@ def implied(given):
     if given.get("teacher"):
         found |= dict(step_rule="constant", coupling="independent", target="consistency")
     if file := given.get("teacher") or given.get("init"):
-        config = common.load_pt(file, ["model", "args"])["args"]
+        config = load_model(file).config
         shape = ("channels", "multipliers", "blocks", "attention", "skip_phi")
         found |= {name: config[name] for name in shape}
         common.refuse_differences(file, config, {name: given[name] for name in shape if name in given})
@@ -964,7 +1014,8 @@ def implied(given):
 def parse_args(argv=None):
     """The flags, those that the run folder remembers included; InputError where one cannot be used."""
     parser = common.Parser(__doc__, __file__)
-    yes_no, count, share = argparse.BooleanOptionalAction, number(int, 1), number(float, 0, below=1)
+    yes_no, share = argparse.BooleanOptionalAction, number(float, 0, 0.9999999)
+    natural, count, small = number(int, 0, 2**53), number(int, 1, 10**9), number(int, 1, 64)
     points, features = list(WEIGHTS), list(FEATURES)
     targets = ["online", "ema", "consistency", "progressive"]
     modes = ["legacy_tensorflow", "clean"]
@@ -992,7 +1043,7 @@ def parse_args(argv=None):
     flag("--target", choices=targets, default="online", help="y_j by the network or its EMA; or --teacher's")
     flag("--loss-ramp", action=yes_no, default=False, help="weigh the loss by w_1 = 2 i/I, w_2 = 2 (1 - i/I)")
     flag("--coupling", choices=["learned", "independent"], help="z from an encoder of x, or drawn without it")
-    flag("--kl-weight", type=number(float, 0), default=20.0, help="beta: keeps the encoder's z near N(0, I)")
+    flag("--kl-weight", type=number(float, 0, 1e6), default=20.0, help="beta: keeps q(z|x) near N(0, I)")
 
     flag = parser.flags("beginning from another model", MAY_CHANGE)
     flag("--teacher", help="model file that makes the slopes, frozen; the student begins as its v_1")
@@ -1000,19 +1051,19 @@ def parse_args(argv=None):
 
     flag = parser.flags("training", DEFINES)
     flag("--batch-size", type=count, help="images an iteration, over all ranks")
-    flag("--lr", type=number(float, above=0), help="Adam's learning rate")
-    flag("--warmup", type=number(int, 0), help="iterations of linear warm-up, at most a tenth of all")
+    flag("--lr", type=number(float, 1e-12, 10), help="Adam's learning rate")
+    flag("--warmup", type=natural, help="iterations of linear warm-up, at most a tenth of all")
     flag("--ema-decay", type=share, help="an iteration, at most (1 + i)/(10 + i), for the sake of short runs")
     flag("--dropout", type=share, help="probability, in every residual block")
     flag("--flip", action=yes_no, help="mirror every other image, at random")
-    flag("--seed", type=number(int, 0), default=0, help="of weights and training draws")
+    flag("--seed", type=natural, default=0, help="of weights and training draws")
 
     flag = parser.flags("network", DEFINES)
-    flag("--channels", type=number(int, 4), help="c, the unit of width")
-    flag("--multipliers", type=count, nargs="+", help="of c, one a level; each further level halves the size")
-    flag("--blocks", type=count, help="residual blocks a level")
+    flag("--channels", type=number(int, 4, 2048), help="c, the unit of width")
+    flag("--multipliers", type=small, nargs="+", help="of c, one a level; each further level halves the size")
+    flag("--blocks", type=small, help="residual blocks a level")
     flag("--attention", type=count, nargs="*", help="sizes, in pixels, of the levels that have it")
-    flag("--skip-phi", type=number(float, above=0, below=1), default=0.75, help="phi of the skips; 0.5: off")
+    flag("--skip-phi", type=number(float, 0.001, 0.999), default=0.75, help="phi of the skips; 0.5: off")
 
     flag = parser.flags("budget", MAY_CHANGE)
     flag("--iterations", type=count, help="I; may grow when a run is continued")
@@ -1024,12 +1075,12 @@ def parse_args(argv=None):
     flag("--steps", type=count, nargs="+", default=[15], help="network evaluations (NFE) an image")
     flag("--head", type=count, help="the velocity that sampling integrates, 1 to k; unset: the last")
     flag("--solver", choices=list(common.SOLVERS), default="euler", help="the paper's; ab2 measured better")
-    flag("--tolerance", type=number(float, above=0), default=1e-4, help="of dopri5, which ignores --steps")
-    flag("--fid-samples", type=number(int, 0), default=50_000, help="images; fewer make no FID; 0: none")
+    flag("--tolerance", type=number(float, 1e-12, 1), default=1e-4, help="of dopri5, which ignores --steps")
+    flag("--fid-samples", type=natural, default=50_000, help="images; fewer make no FID; 0: none")
     flag("--fid-mode", choices=modes, default="legacy_tensorflow", help="of clean-fid; as published figures")
     flag("--reference", help=".npz of mu and sigma (EDM's, ADM's) to compare with, instead of the images")
     flag("--features", choices=features, default="inception", help="or of a classifier of the data: no FID")
-    flag("--sample-seed", type=number(int, 0), help="of the samples; unset: --seed")
+    flag("--sample-seed", type=natural, help="of the samples; unset: --seed")
     flag("--save-samples", type=count, help="images to write to samples.npz, at the last of --steps")
 
     parser.set_defaults(**PAPER)
@@ -1084,10 +1135,8 @@ def main(argv=None):
             common.say("The losses are in metrics.svg there. Next, maybe another solver, another seed:\n"
                        f"    python {args.script} --run-dir {run} --solver ab2 --steps 3 5 9\n    {again}")
         return 0
-    except (InputError, OSError, FloatingPointError) as error:
+    except (InputError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
         return common.explain(error, __file__)
-    except KeyboardInterrupt:  # while training, Ctrl-C is caught earlier and saves
-        return 130
 
 
 if __name__ == "__main__":
