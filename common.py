@@ -123,7 +123,10 @@ class Parser(argparse.ArgumentParser):
     def remembered(self, path):
         with reading(path, "move it away, and give the run's flags again"):
             values = dict(json.loads(regular(path, MEGABYTE).read_text())["args"])
-            self.parse_args(as_flags({name: values[name] for name in values if name in self.kinds}))
+            try:
+                self.parse_args(as_flags({name: values[name] for name in values if name in self.kinds}))
+            except InputError as error:
+                raise ValueError(error) from None
             return values
 
 
@@ -606,17 +609,20 @@ def cached(path, built, make):
         return restore(built, load_pt(path, built, remedy))
 
 
-def noted_sha256(path):
-    """The SHA-256 of a file from the net that nobody publishes one of: noted beside it at the first use;
-    InputError where it has changed since."""
+@contextmanager
+def as_noted(path):
+    """Yields the SHA-256 of a downloaded file that nobody publishes one of. The first block that ends well
+    notes it beside the file; InputError, before the block, where the file has changed since."""
     found, note = sha256(path), Path(f"{path}.sha256")
-    if not note.exists():
-        say(f"{path}: SHA-256 {found}, noted beside it")
+    with reading(note, "remove it"):
+        noted = regular(note, MEGABYTE).read_text().strip() if note.exists() else None
+    if noted not in (None, found):
+        raise InputError(f"{path} is not what it was at its first use (SHA-256 {found[:12]}, {note.name} has "
+                         f"{noted[:12]}): remove both, and do not trust what came of it")
+    yield found
+    if noted is None:
         save(lambda file: file.write(found.encode()), note)
-    elif note.read_text().strip() != found:
-        raise InputError(f"{path} is not what it was at its first use (SHA-256 {found}, noted in {note}); "
-                         "remove both unless you have changed it, and earlier figures with it")
-    return found
+        say(f"{path}: SHA-256 {found}, noted beside it")
 
 
 def versions(device):

@@ -550,7 +550,7 @@ class Training:
         common.chart_table(self.table, self.stage.loss.columns, self.table.with_suffix(".svg"))
         self.save_model(self.model, done)
 
-    def draw(self, done):
+    def grid(self, done):
         """The sample grid of an iteration."""
         path = self.run / f"{self.stage.name}samples_{done:06}.png"
         try:
@@ -562,11 +562,11 @@ class Training:
         """Make what a kill after the checkpoint left out, or somebody has deleted since."""
         wanted = (self.model, self.run / f"{self.stage.name}samples_{self.start:06}.png")
         missing = torch.tensor([int(not path.exists()) for path in wanted])
-        model, grid = all_reduce(missing).tolist()
-        if model:
+        no_model, no_grid = all_reduce(missing).tolist()
+        if no_model:
             self.save_model(self.model, self.start)
-        if grid:
-            self.draw(self.start)
+        if no_grid:
+            self.grid(self.start)
 
 
 def fit(stage, args, device):
@@ -600,7 +600,7 @@ def fit(stage, args, device):
                 if stopping:
                     raise SystemExit(128 + stopping)
                 stop.at_once = True  # what follows can be done again
-                training.draw(done)
+                training.grid(done)
                 if evaluating and not last:
                     training.save_model(training.run / f"model_{done:07}.pt", done)
                     stage.evaluate(stage.ema)
@@ -812,8 +812,8 @@ def inception_features(mode, device):
         with common.rank_zero_first():
             if not path.exists():  # its own download would leave half a file when cut short
                 common.download([downloads_helper.inception_url], path)
-        digest = common.noted_sha256(path)
-        network = inception_torchscript.InceptionV3W(CACHE, download=False, resize_inside=mode != "clean")
+        with common.as_noted(path) as digest:
+            network = inception_torchscript.InceptionV3W(CACHE, download=False, resize_inside=mode != "clean")
     except (ImportError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"clean-fid cannot load {path} ({reason}); delete it if it was cut short") from None
@@ -911,7 +911,8 @@ def precomputed(args):
                 common.download([STATISTICS + path.name], path)
     except InputError:
         return None
-    return moments_of(path), common.noted_sha256(path)
+    with common.as_noted(path) as digest:
+        return moments_of(path), digest
 
 
 def plan(args, networks):
