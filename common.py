@@ -784,13 +784,12 @@ class ArraysOnly(pickle.Unpickler):
 def unpickled(content):
     """The rows of a binary batch, bytes, from one of the archive for Python."""
     batch = ArraysOnly(io.BytesIO(content), encoding="bytes").load()
-    _, shape, kind, by_columns, pixels = batch[b"data"].parts
-    labels = batch[b"labels"]
-    if kind.args[0] not in ("u1", b"u1") or by_columns or type(pixels) is not bytes \
-            or shape != (len(labels), 3072) or len(pixels) != len(labels) * 3072:
-        raise ValueError("its data is no uint8 [n, 3072] with as many labels")
-    pixels = np.frombuffer(pixels, np.uint8).reshape(shape)
-    return np.concatenate([np.frombuffer(bytes(labels), np.uint8)[:, None], pixels], 1).tobytes()
+    _, _, kind, by_columns, pixels = batch[b"data"].parts
+    if kind.args[0] not in ("u1", b"u1") or by_columns:
+        raise ValueError("its data is no uint8 [n, 3072] by rows")
+    pixels = np.frombuffer(pixels, np.uint8).reshape(len(batch[b"labels"]), 3072)
+    labels = np.frombuffer(bytes(batch[b"labels"]), np.uint8)
+    return np.concatenate([labels[:, None], pixels], 1).tobytes()
 
 
 def list_pictures(path, split):
