@@ -1860,7 +1860,12 @@ def test_missing_imagenet_says_what_to_fetch(capsys):
     ("--multipliers 1 2 2 2", "cannot be halved"), ("--channels 36 --multipliers 2 2", "--channels"),
     ("--channels 9", "--channels"), ("--device gpu", "--device gpu"),
     ("--data nowhere", "t10k-images-idx3-ubyte.gz is missing"), ("--run-dir taken", "taken"),
-    ("--features classifier --fid-samples 300 --run-dir x/../taken/x", "taken")])
+    ("--features classifier --fid-samples 300 --run-dir x/../taken/x", "taken"),
+    ("--steps 1" + "0" * 400, "--steps"), ("--steps 1" + "0" * 9_000, "--steps"), ("--lr 1e400", "--lr"),
+    (f"--seed {2 ** 64}", "--seed"), (f"--sample-seed {2 ** 64}", "--sample-seed"),
+    ("--tolerance 1e-300", "--tolerance"), ("--blocks 1000000", "--blocks"),
+    ("--channels 1000000", "--channels"),
+    ("--batch-size 10000000000", "--batch-size"), ("--kl-weight inf", "--kl-weight")])
 def test_bad_flags_get_one_line(flags, message, capsys):
     Path("taken").write_text("a file where a folder should be")
     last = "--iterations" if "--iterations" not in flags else "--lr"
