@@ -2119,19 +2119,19 @@ def test_a_cache_that_is_damaged_is_not_trained_on(name, content, imagenet):
 
 def test_names_that_are_no_text(capsys):
     """A preparation with such names used to end after all reading."""
-    for folder in (b"class\xff", b"new\nline"):
+    for folder in (b"class\xff", b"new\nline", "\N{DEGREE SIGN}".encode()):
         os.makedirs(b"data/" + folder)
         Image.new("RGB", (64, 64)).save(f"data/{os.fsdecode(folder)}/good.png")
         with open(b"data/" + folder + b"/bad\xfe\n.png", "wb") as file:
             file.write(b"x")
     code = "import common, cud_imagenet64; common.run_main(cud_imagenet64.main)"
-    env = {**os.environ, "PYTHONPATH": str(HERE)}
+    env = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONIOENCODING": "ascii"}
     for _ in range(2):
         command = [sys.executable, "-c", code, *shlex.split("--data data --prepare --cache cache")]
         done = subprocess.run(command, env=env, capture_output=True, text=True)
         assert done.returncode == 0 and not done.stderr, done.stderr
-    assert r"0 class\udcff, 1 new\nline" in done.stdout and len(done.stdout.splitlines()) == 1
-    assert len(json.loads(Path("cache/about.json").read_text())["skipped"]) == 2
+    assert r"0 class\udcff, 1 new\nline, 2 \xb0" in done.stdout and len(done.stdout.splitlines()) == 1
+    assert len(json.loads(Path("cache/about.json").read_text())["skipped"]) == 3
 
 
 def spoil(path, change):
