@@ -22,6 +22,7 @@ import tarfile
 import time
 import traceback
 import urllib.request
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -122,7 +123,7 @@ class Parser(argparse.ArgumentParser):
 
     def remembered(self, path):
         with reading(path, "move it away, and give the run's flags again"):
-            values = dict(json.loads(regular(path, MEGABYTE).read_text())["args"])
+            values = plain(json.loads(regular(path, MEGABYTE).read_text())["args"])
             try:
                 self.parse_args(as_flags({name: values[name] for name in values if name in self.kinds}))
             except InputError as error:
@@ -148,6 +149,8 @@ def as_flags(values):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         elif isinstance(value, list):
             words += [f"--{flag}", *map(str, value)]
+        elif str(value).startswith("-"):
+            words.append(f"--{flag}={value}")
         elif value is not None:
             words += [f"--{flag}", str(value)]
     return words
@@ -199,6 +202,8 @@ def start_ranks():
     if missing := [name for name in wanted if name not in os.environ]:
         raise RankError(f"LOCAL_RANK is set without {', '.join(missing)}: start with torchrun, or unset it")
     try:
+        for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+            int(os.environ.get(name, 1))
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     except Exception as error:  # torch raises half a dozen types here
         raise RankError(f"cannot join the other ranks: {first_line(error)}") from None
@@ -426,13 +431,27 @@ def regular(path, most):
     return path
 
 
-def read_most(file, most):
-    """The rest of an open file, to its checksum; ValueError where there are more than `most` bytes: what is
-    compressed may say that it is small."""
-    content = file.read(most + 1)
-    if len(content) > most:
-        raise ValueError(f"it unpacks to more than the limit of {most:,} bytes")
-    return content
+def opened(archive, name, most):
+    """A member of a ZipFile as an open file, which gives no more than it says; ValueError where that is over
+    `most` bytes, or where it is compressed in a way that zipfile unpacks in one go."""
+    entry = archive.getinfo(name)
+    if entry.file_size > most:
+        raise ValueError(f"its {entry.file_size:,} bytes unpacked are over the limit of {most:,}")
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError("it is compressed by another method than deflate")
+    return archive.open(entry)
+
+
+def plain(values, most=2**53, texts=True):
+    """The dict `values`; ValueError where it holds other things than None, numbers of at most `most`, short
+    lists of such and, with texts, short texts."""
+    for name, value in dict(values).items():
+        if value is None or (texts and isinstance(value, str) and len(value) < 5_000):
+            continue
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        if len(numbers) > 100 or not all(isinstance(n, (int, float)) and abs(n) <= most for n in numbers):
+            raise ValueError(f"{name} is something else")
+    return values
 
 
 def restore(built, saved, name="it"):
@@ -445,7 +464,7 @@ def restore(built, saved, name="it"):
         return {key: restore(built[key], saved[key], f"{name}.{key}") for key in built}
     if not torch.is_tensor(built):
         if type(saved) is not type(built) or (type(built) is float and not math.isfinite(saved)):
-            raise ValueError(f"{name} is {saved!r:.40}")
+            raise ValueError(f"{name} is no {type(built).__name__} that can be")
         return saved
     if not torch.is_tensor(saved) or saved.shape != built.shape \
             or saved.is_floating_point() != built.is_floating_point():
@@ -468,7 +487,7 @@ def replacing(path, previous=None):
             os.kill(int(left.suffix[1:]), 0)
         except ProcessLookupError:
             left.unlink(missing_ok=True)
-        except (ValueError, OSError):  # not ours, or another user's
+        except (ValueError, OverflowError, OSError):  # not ours, or another user's
             pass
     beside = path.with_name(f".{path.name}.{host}.{os.getpid()}")
     try:
@@ -544,7 +563,7 @@ def add_row(path, cells):
 def read_rows(path):
     """A table's head and rows, lists of texts. A last row that was cut short is left out; ValueError where
     another one is damaged."""
-    *lines, _ = regular(path, 1_000 * MEGABYTE).read_text(errors="replace").split("\n")
+    *lines, _ = regular(path, 16 * MEGABYTE).read_text(errors="replace").split("\n")
     head, *rows = [line.split(",") for line in lines if line]
     for row in rows[:]:
         try:
@@ -568,8 +587,10 @@ def read_table(path):
 def add_result(folder, key, measured):
     """Append one line to results.jsonl; a single write, so that evaluations side by side lose none."""
     if rank() == 0:
-        with open(Path(folder) / "results.jsonl", "a") as file:
-            file.write(json.dumps({"key": key, **measured}) + "\n")
+        with open(Path(folder) / "results.jsonl", "a+b") as file:
+            file.seek(max(0, file.tell() - 1))
+            cut = file.read() not in (b"", b"\n")  # by a kill: the new line begins after it
+            file.write(("\n" * cut + json.dumps({"key": key, **measured}) + "\n").encode())
 
 
 def read_results(folder):
@@ -743,7 +764,9 @@ def load_cifar10(path, split, shape):
                           for file in folder.glob("*_batch*") if file.name.removesuffix(".bin") in names}
         elif tarfile.is_tarfile(regular(path, 400 * MEGABYTE)):
             with (gzip.open if path.read_bytes()[:2] == b"\x1f\x8b" else open)(path, "rb") as file:
-                whole = io.BytesIO(read_most(file, 400 * MEGABYTE))  # to the checksum at its end
+                whole = io.BytesIO(file.read(400 * MEGABYTE + 1))  # to the checksum at its end
+            if whole.getbuffer().nbytes > 400 * MEGABYTE:
+                raise ValueError("it unpacks to more than the limit of 400 MiB")
             with tarfile.open(fileobj=whole, mode="r:") as archive:
                 for member in archive:
                     name = Path(member.name).name
@@ -772,7 +795,7 @@ class StandIn:
         self.parts = parts
 
 
-class ArraysOnly(pickle.Unpickler):
+class ArraysOnly(pickle._Unpickler):  # the one in C makes room for whatever number a memo has
     """Unpickles plain values, and StandIns for NumPy's arrays: nothing a pickle names is run or built."""
 
     def find_class(self, module, name):
@@ -808,8 +831,8 @@ def list_pictures(path, split):
     def read(name):
         if path.is_dir():
             return regular(path / name, PICTURE_BYTES).read_bytes()
-        with archive.open(name) as file:
-            return read_most(file, PICTURE_BYTES)
+        with opened(archive, name, PICTURE_BYTES) as file:
+            return file.read()
 
     names = sorted(n for n in names if n.lower().endswith((".png", ".jpg", ".jpeg", ".bmp", ".webp"))
                    and not Path(n).name.startswith("."))  # macOS leaves ._x.jpg beside x.jpg
@@ -821,6 +844,7 @@ def list_pictures(path, split):
 
 
 PICTURE_BYTES = 64 * MEGABYTE  # of a picture's file, at most
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # decode() refuses them
 
 
 def decode(content, mode):
@@ -868,22 +892,22 @@ def shrink(content, shape):
 
 def npz_blocks(folder, shape):
     """(images uint8 [n, *shape], labels [n] from 0) of each train_data_batch_*.npz, bare or in a zip."""
-    found = {path.name: (path, None) for path in Path(folder).glob("train_data_batch_*.npz")}
+    pattern = re.compile(r"train_data_batch_(\d+)\.npz$")
+    found = {path.name: (path, None) for path in Path(folder).glob("*.npz") if pattern.match(path.name)}
     for path in Path(folder).glob("*train_part*.zip"):
         with reading(f"--data: {path}", "fetch it again"):
             names = zipfile.ZipFile(regular(path, sys.maxsize)).namelist()
-            inside = {Path(name).name: (path, name) for name in names
-                      if re.search(r"train_data_batch_\d+\.npz$", name)}
+            inside = {Path(name).name: (path, name) for name in names if pattern.match(Path(name).name)}
             if not inside:
                 raise ValueError("no train_data_batch_*.npz in it")
             found |= inside
-    for name in sorted(found, key=lambda name: int(re.search(r"\d+", name)[0])):
+    for name in sorted(found, key=lambda name: int(pattern.match(name)[1])):
         path, member = found[name]
         with reading(f"--data: {' in '.join(filter(None, (member, str(path))))}", "fetch it again"):
             if member:
-                with zipfile.ZipFile(path) as archive, archive.open(member) as file:
-                    path = io.BytesIO(read_most(file, 4_000 * MEGABYTE))
-            images, labels = npz_arrays(path, ["data", "labels"])
+                with zipfile.ZipFile(path) as archive, opened(archive, member, 4_000 * MEGABYTE) as file:
+                    path = io.BytesIO(file.read())
+            images, labels = npz_arrays(path, ["data", "labels"], 4_000 * MEGABYTE)
             if images.dtype != np.uint8 or labels.dtype.kind not in "iu" or labels.ndim != 1 or \
                     images.shape not in ((len(labels), math.prod(shape)), (len(labels), *shape)):
                 raise ValueError(f"data {images.dtype} {list(images.shape)}, labels {labels.dtype} "
@@ -893,14 +917,11 @@ def npz_blocks(folder, shape):
         yield images.reshape(-1, *shape), labels.astype(np.int64) - 1
 
 
-def npz_arrays(file, names, most=4_000 * MEGABYTE):
+def npz_arrays(file, names, most):
     """These arrays of an .npz, each of at most `most` bytes; no other is read, nothing unpickled."""
-    file = file if isinstance(file, io.BytesIO) else regular(file, most)
-    with np.load(file, allow_pickle=False) as content:
-        for name in names:
-            if content.zip.getinfo(f"{name}.npy").file_size > most:
-                raise ValueError(f"{name} unpacks to more than the limit of {most:,} bytes")
-        return [content[name] for name in names]
+    with zipfile.ZipFile(file if isinstance(file, io.BytesIO) else regular(file, sys.maxsize)) as archive:
+        members = [opened(archive, f"{name}.npy", most) for name in names]
+        return [np.lib.format.read_array(member, allow_pickle=False) for member in members]
 
 
 def picture_blocks(names, read, numbers, shape, skipped):
@@ -953,7 +974,8 @@ def read_into(cache, data, shape):
         labels = np.concatenate(labels)
         digest.update(labels.tobytes())
         if not len(labels):
-            raise InputError(f"--data: none of the pictures in {data} can be used, as {skipped[0]}")
+            why = skipped[0] if skipped else "there are none"
+            raise InputError(f"--data: none of the pictures in {data} can be used, as {why}")
         file.seek(0)  # now that their number is known
         np.lib.format.write_array_header_1_0(file, header | {"shape": (len(labels), *shape)})
     save(lambda file: np.save(file, labels), cache / "labels.npy")
@@ -967,7 +989,9 @@ def read_into(cache, data, shape):
 def load_imagenet(data, cache, shape, prepare=False):
     """Data of pictures by class, read once into the folder `cache` and mapped from there, images uint8 [N, 3,
     H, W]; `data` may be None, or gone, then. prepare: see whether `data` is still what was read."""
-    cache, data = Path(cache), data and str(Path(data).resolve())
+    cache = Path(cache)
+    with reading(f"--data: {data}", "give a folder, or a .zip that is whole"):
+        data = data and str(Path(data).resolve())
     if not (cache / "about.json").exists():
         if data is None:
             raise InputError(IMAGENET_WANTED)
@@ -989,9 +1013,11 @@ def load_imagenet(data, cache, shape, prepare=False):
         origin, source = str(about["data"]), dict(about["source"])
     if data not in (None, origin):
         raise InputError(f"--cache {cache} holds {origin}: give another one, or remove it")
-    if prepare and data and (found := survey(data)) != source:
-        raise InputError(f"{data} has changed since it was read: {source} then, {found} now; remove "
-                         f"{cache} to read it again")
+    if prepare and data:
+        with reading(f"--data: {data}", f"leave it out, {cache} holds its images"):
+            if (found := survey(data)) != source:
+                raise InputError(f"{data} has changed since it was read: {source} then, {found} now; remove "
+                                 f"{cache} to read it again")
     names = ", ".join(f"{number} {printable(name)}" for number, name in enumerate(classes[:20]))
     more = f", ... (all in {cache / 'about.json'})" * (len(classes) > 20)
     say(f"{kind}, {len(skipped)} skipped; {len(classes)} classes: {names}{more}")
@@ -1003,10 +1029,10 @@ def load_moments(path):
     """The arrays mu [2048] and sigma [2048, 2048] of an .npz, float64: published statistics of Inception's
     features. Nothing else in the file is read. InputError where they cannot be such."""
     with reading(path, "give an .npz with mu and sigma of Inception's features"):
-        mean, cov = (torch.from_numpy(np.asarray(array, np.float64))
-                     for array in npz_arrays(path, ["mu", "sigma"]))
+        mean, cov = npz_arrays(path, ["mu", "sigma"], 64 * MEGABYTE)
         if mean.shape != (2048,) or cov.shape != (2048, 2048):
             raise ValueError(f"mu {list(mean.shape)}, sigma {list(cov.shape)} are not of 2048 features")
+        mean, cov = torch.from_numpy(mean).double(), torch.from_numpy(cov).double()
         if not (mean.isfinite().all() and cov.isfinite().all() and cov.trace() > 0):
             raise ValueError("mu and sigma are not finite, or sigma has no positive trace")
         if (cov - cov.T).abs().max() > 1e-6 * cov.abs().max():
@@ -1108,7 +1134,7 @@ def chart_table(table, columns, path):
     if rank() == 0:
         content, lines = read_table(table), {}
         for name in columns:
-            points = [(x, y) for x, y in zip(content["images"], content[name]) if y > 0]
+            points = [(x, y) for x, y in zip(content["images"], content[name]) if x > 0 and 0 < y < math.inf]
             lines |= {name: points} if points else {}
         if lines:
             save(lambda file: file.write(line_chart(lines, "images seen", "mean loss").encode()), path)

@@ -302,10 +302,12 @@ def load_model(path, device="cpu", head=None):
     remedy = "give a model.pt that this script has written"
     saved = common.load_pt(path, ["model", "args", "images_seen"], remedy)
     with common.reading(path, remedy):
-        image, blocks = saved["args"]["image"], saved["args"]["blocks"]
-        if tuple(image) != IMAGE or blocks > len(saved["model"]):
-            raise ValueError(f"{blocks} blocks, images {image}, not {IMAGE}")
-        network = UNet(**saved["args"])
+        config = common.plain(saved["args"], most=4_096, texts=False)
+        if tuple(config["image"]) != IMAGE:
+            raise ValueError(f"it makes images {config['image']}, not {IMAGE}")
+        if max(config["blocks"], config["heads"]) > len(saved["model"]):
+            raise ValueError("its blocks or heads are more than its tensors")
+        network = UNet(**config)
         common.restore(network.state_dict(), saved["model"], "model")  # from half precision, too
         network.source, network.images_seen = path, int(saved["images_seen"])
     network.choose(head)
@@ -438,7 +440,9 @@ class Training:
             now = dict(self.stage.definition)
             if iteration == self.stage.iterations:
                 now.pop("data", None)  # other images may judge a finished run
-            common.refuse_differences(path, saved["definition"], now)
+            common.refuse_differences(path, common.plain(saved["definition"]), now)
+            if not 0 <= token < 2**32:
+                raise ValueError("its token")
             if not 0 < iteration <= self.stage.iterations:
                 raise InputError(f"{path} is at iteration {iteration}, past --iterations "
                                  f"{self.stage.iterations}")
@@ -893,6 +897,7 @@ def reference(features, name, data, device):
     saved = common.cached(CACHE / f"moments-{data.sha256[:12]}-{name}.pt",
                           zeros._asdict() | dict(floor=0.0, noise=0.0), make)
     known = Moments(*(saved[key] for key in Moments._fields))
+    known = known._replace(n=torch.full_like(known.n, len(data.images)))
     about = f"{data.about} (their statistics computed here)"
     return Reference(known, about, data.sha256, saved["floor"], saved["noise"])
 
@@ -994,7 +999,7 @@ def parse_args(argv=None):
     """The flags, those that the run folder remembers included; InputError where one cannot be used."""
     parser = common.Parser(__doc__, __file__)
     yes_no, share = argparse.BooleanOptionalAction, number(float, 0, 0.9999999)
-    natural, count, small = number(int, 0, 2**53), number(int, 1, 10**9), number(int, 1, 64)
+    natural, count, small = number(int, 0, 2**32), number(int, 1, 10**9), number(int, 1, 64)
     points, features = list(WEIGHTS), list(FEATURES)
     targets = ["online", "ema", "consistency", "progressive"]
     modes = ["legacy_tensorflow", "clean"]
