@@ -991,7 +991,7 @@ def load_imagenet(data, cache, shape, prepare=False):
     H, W]; `data` may be None, or gone, then. prepare: see whether `data` is still what was read."""
     cache = Path(cache)
     with reading(f"--data: {data}", "give a folder, or a .zip that is whole"):
-        data = data and str(Path(data).resolve())
+        data = data and str(Path(data).resolve(strict=not (cache / "about.json").exists()))
     if not (cache / "about.json").exists():
         if data is None:
             raise InputError(IMAGENET_WANTED)

@@ -1012,7 +1012,7 @@ def test_the_head_that_samples_is_the_one_named(capsys):
         assert_close(network.velocity(x, t), torch.full_like(x, 0.2))
     assert cud_mnist.main([*flags, "--head", "4"]) == 2 and "--head 4: there are 3" in capsys.readouterr().err
     for heads, expected in ((1, [0.2]), (2, [0.2, 0.4]), (4, [0.2, 0.4, 0.6, 0.6])):
-        begun = cud_mnist.begin_from(torch.load("three.pt"), heads, 0.1)
+        begun = cud_mnist.begin_from(cud_mnist.load_model("three.pt"), heads, 0.1)
         assert begun(x, t).mean((1, 2, 3, 4)).tolist() == pytest.approx(expected)
         assert begun.config["heads"] == heads
     few = shlex.split("--iterations 2 --rk-order 2 --features classifier --fid-samples 230 --steps 1")
@@ -1027,7 +1027,7 @@ def test_a_student_of_a_teacher(capsys):
     file = "teacher/model.pt"
     teacher = cud_mnist.load_model(file)
     x, t = torch.randn(2, 1, 28, 28), torch.rand(2)
-    student = cud_mnist.begin_from(torch.load(file), 1, 0.0).eval()
+    student = cud_mnist.begin_from(cud_mnist.load_model(file), 1, 0.0).eval()
     assert torch.equal(student.sampled(x, t), teacher.velocity(x, t))
     flags = ("--data", "glyphs", "--batch-size", "8", "--fid-samples", "0", "--steps", "2", "--teacher", file)
     for target in ("consistency", "progressive", "ema"):
@@ -1103,6 +1103,7 @@ def test_a_model_file_is_evaluated_and_nothing_trained(capsys):
     assert first["model_sha256"] == common.sha256(snapshot)[:12] == rows[0]["model_sha256"]
     assert sorted(os.listdir("judged")) == ["results.jsonl", "samples_model_euler1.png", "trajectory.png"]
     Path("runs/mnist/checkpoint.pt").unlink()
+    Path("runs/mnist/checkpoint_previous.pt").unlink()
     before = Path("runs/mnist/model.pt").read_bytes()
     status, err = run("--iterations", "6", capsys=capsys)
     assert status == 2 and "model.pt has no checkpoint.pt to continue from" in err[0]
@@ -2346,9 +2347,11 @@ def test_a_classifier_is_one_of_images_and_labels():
 
 def test_a_closed_terminal_saves_and_nohup_goes_on():
     metrics = Path("runs/mnist/metrics.csv")
-    first = start(*LONG)
+    heard = "import time, signal; signal.signal(1, signal.SIG_DFL)"  # where the tests themselves run under nohup
+    first = start(*LONG, before=heard)
     wait_for(first, lambda: metrics.exists() and len(table(metrics)) > 2)
     first.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
     first.send_signal(signal.SIGTERM)  # torchrun sends it after a hangup
     out, _ = first.communicate(timeout=60)
     assert first.returncode == 129 and out.count("stopped; runs/mnist/checkpoint.pt keeps iteration") == 1
@@ -2365,7 +2368,8 @@ def test_a_signal_outside_the_training_says_what_is_kept():
     for part, number, words in (("load_data", signal.SIGTERM, "nothing is saved yet"),
                                 ("evaluate", signal.SIGINT, "keeps iteration 2"),
                                 ("evaluate", signal.SIGHUP, "keeps iteration 2")):
-        process = start("--iterations", "2", before=f"import time; script.{part} = lambda *_: {wait}")
+        heard = "import time, signal; signal.signal(1, signal.SIG_DFL)"  # also under nohup
+        process = start("--iterations", "2", before=f"{heard}; script.{part} = lambda *_: {wait}")
         wait_for(process, Path("waiting").exists)
         Path("waiting").unlink()
         process.send_signal(number)
