@@ -245,6 +245,7 @@ def run_main(main):
                 print(f"{state.kept}; the same command goes on from there", file=sys.stderr)
             status = 1
         if status > 128:
+            stop.number = status - 128  # repeats are ignored to the very end
             say(f"stopped; {state.kept}; the same command goes on")
     if world() > 1:
         with suppress(OSError):

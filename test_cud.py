@@ -2347,7 +2347,7 @@ def test_a_classifier_is_one_of_images_and_labels():
 
 def test_a_closed_terminal_saves_and_nohup_goes_on():
     metrics = Path("runs/mnist/metrics.csv")
-    heard = "import time, signal; signal.signal(1, signal.SIG_DFL)"  # where the tests themselves run under nohup
+    heard = "import time, signal; signal.signal(1, signal.SIG_DFL)"  # also under nohup
     first = start(*LONG, before=heard)
     wait_for(first, lambda: metrics.exists() and len(table(metrics)) > 2)
     first.send_signal(signal.SIGHUP)
