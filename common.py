@@ -245,7 +245,8 @@ def run_main(main):
                 print(f"{state.kept}; the same command goes on from there", file=sys.stderr)
             status = 1
         if status > 128:
-            stop.number = status - 128  # repeats are ignored to the very end
+            stop.number = status - 128
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # repeats, to the very end of the interpreter
             say(f"stopped; {state.kept}; the same command goes on")
     if world() > 1:
         with suppress(OSError):
