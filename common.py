@@ -478,6 +478,25 @@ def restore(built, saved, name="it"):
         return built.copy_(saved)
 
 
+def restore_optimizer(optimizer, saved):
+    """restore() the state of an optimizer that has made no step yet; the flags beside it stay the code's."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # without gradients: makes the state that the saved one is copied into
+    optimizer.zero_grad()
+    restore(optimizer.state_dict()["state"], saved["state"], "optimizer")
+
+
+def refuse_other_checkpoints(folder, iteration, token):
+    """InputError where ranks have found checkpoints of other iterations or saves in the run folder."""
+    first, last = (all_reduce(torch.tensor([iteration, token]), op).tolist()
+                   for op in (dist.ReduceOp.MIN, dist.ReduceOp.MAX))
+    if first != last:
+        raise InputError(f"ranks find different checkpoints in {folder}, of iterations {first[0]} to "
+                         f"{last[0]}: it must be one folder that all nodes see")
+
+
 @contextmanager
 def replacing(path, previous=None):
     """A binary file beside `path` that replaces it when the block ends well: no reader sees half a file. What
@@ -765,8 +784,9 @@ def load_cifar10(path, split, shape):
                 files |= {file.name: regular(file, 40 * MEGABYTE).read_bytes()
                           for file in folder.glob("*_batch*") if file.name.removesuffix(".bin") in names}
         elif tarfile.is_tarfile(regular(path, 400 * MEGABYTE)):
-            with (gzip.open if path.read_bytes()[:2] == b"\x1f\x8b" else open)(path, "rb") as file:
-                whole = io.BytesIO(file.read(400 * MEGABYTE + 1))  # to the checksum at its end
+            with open(path, "rb") as file:
+                unpacked = gzip.open(file) if file.peek(2)[:2] == b"\x1f\x8b" else file
+                whole = io.BytesIO(unpacked.read(400 * MEGABYTE + 1))  # to the checksum at its end
             if whole.getbuffer().nbytes > 400 * MEGABYTE:
                 raise ValueError("it unpacks to more than the limit of 400 MiB")
             with tarfile.open(fileobj=whole, mode="r:") as archive:
@@ -1154,7 +1174,7 @@ class Course:
     """A trajectory that keeps of its points what tells how straight they lie, and where `shown` samples of
     each would lead: x_hat uint8 [points, samples, ...]."""
 
-    def __init__(self, shown=slice(0)):
+    def __init__(self, shown):
         self.shown, self.x_hats, self.n, self.sum, self.squares = shown, [], 0, 0.0, 0.0
 
     def append(self, point):

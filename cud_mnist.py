@@ -419,11 +419,7 @@ class Training:
         self.first_bad = torch.full((), self.never, device=device)  # first iteration with a non-finite loss
         found = [path for path in (self.checkpoint, self.previous) if path.exists()]
         self.start, token = self.resume(found[0]) if found else (0, 0)
-        first, last = (all_reduce(torch.tensor([self.start, token]), op).tolist()
-                       for op in (dist.ReduceOp.MIN, dist.ReduceOp.MAX))
-        if first != last:
-            raise InputError(f"ranks find different checkpoints in {self.run}, of iterations {first[0]} to "
-                             f"{last[0]}: it must be one folder that all nodes see")
+        common.refuse_other_checkpoints(self.run, self.start, token)
         stage.ema.source, stage.ema.images_seen = self.model, self.start * args.batch_size
         if not self.start and self.model.exists():
             raise InputError(f"{self.model} has no {self.checkpoint.name} to continue from: --model "
@@ -446,14 +442,9 @@ class Training:
             if not 0 < iteration <= self.stage.iterations:
                 raise InputError(f"{path} is at iteration {iteration}, past --iterations "
                                  f"{self.stage.iterations}")
-            for parameter in self.trained:
-                parameter.grad = torch.zeros_like(parameter)
-            self.optimizer.step()  # without gradients: makes the state that the saved one is copied into
-            self.optimizer.zero_grad()
-            saved["optimizer"] = saved["optimizer"]["state"]  # its other part are flags
-            for key, part in self.parts.items():
-                state = part.state_dict()
-                common.restore(state["state"] if key == "optimizer" else state, saved[key], key)
+            common.restore_optimizer(self.optimizer, saved["optimizer"])  # first: it makes a step
+            for key in ("module", "ema"):
+                common.restore(self.parts[key].state_dict(), saved[key], key)
             self.totals += common.restore(torch.zeros_like(self.totals), saved["totals"], "totals")
         common.state.kept = f"{path} keeps iteration {iteration}"
         return iteration, token
@@ -619,14 +610,15 @@ def train(args, device, data):
     shape = dict(image=IMAGE, multipliers=args.multipliers, attention=args.attention, dropout=args.dropout)
     heads, known = max(1, args.rk_order), {"data": data.sha256[:12]}
     if file := args.teacher or args.init:
-        network = begin_from(load_model(file), heads, args.dropout)
+        source = load_model(file)
+        network = begin_from(source, heads, args.dropout)
         known["teacher" if args.teacher else "init"] = common.sha256(file)[:12]
     else:
         network = UNet(**shape, channels=args.channels, blocks=args.blocks, heads=heads,
                        skip_phi=args.skip_phi)
     network = prepare(network, args, device)
     network.choose(args.head)
-    teacher = prepare(load_model(args.teacher), args, device) if args.teacher else None
+    teacher = prepare(source, args, device) if args.teacher else None
     encoder = None
     if args.coupling == "learned":
         encoder = prepare(UNet(**shape, channels=min(32, args.channels), blocks=min(2, args.blocks),
