@@ -1114,7 +1114,8 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7
 
 def line_chart(lines, x_label, y_label, x_ticks=None):
     """An SVG, as text, of lines {name: [(x, y) or (x, y, spread), ...]}: y > 0 on a logarithmic axis, with a
-    bar from y - spread to y + spread; x linear or, with x_ticks, logarithmic from the first to the last."""
+    bar from y - spread to y + spread; x linear or, with x_ticks, a dot a point and logarithmic from the first
+    to the last."""
     points = [point for line in lines.values() for point in line]
     low, high = min(p[1] for p in points) / 1.1, max(p[1] for p in points) * 1.1
     first, last = (x_ticks[0], x_ticks[-1]) if x_ticks else (0, max(p[0] for p in points))
@@ -1145,6 +1146,8 @@ def line_chart(lines, x_label, y_label, x_ticks=None):
         parts += [f'<polyline points="{path}" {look}/>', f'<path d="M506 {26 + 20 * i}h20" {look}/>',
                   f'<text x="532" y="{30 + 20 * i}">{name}</text>']
         for x, y, *spread in line:
+            if x_ticks:
+                parts.append(f'<circle cx="{at_x(x):.1f}" cy="{at_y(y):.1f}" r="3" fill="{colour}"/>')
             if spread:
                 ends = at_y(y + spread[0]), at_y(y - spread[0])
                 parts.append(f'<path d="M{at_x(x):.1f} {ends[0]:.1f}V{ends[1]:.1f}" stroke="{colour}"/>')

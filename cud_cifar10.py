@@ -32,7 +32,7 @@ Measured (--quick: drawn digits, a small network, seed 0, two CPU cores, 6 min 3
 is 45.2 at 15 Euler steps; at one step 452.2 before the one-step stage and 94.0 after. The paper's recipe: not
 run.
 
-Paper: "Catch-Up Distillation: You Only Need to Train Once for Accelerating Sampling", arXiv 2305.10769.
+Paper: "Catch-Up Distillation: You Only Need to Train Once for Accelerated Sampling", arXiv 2305.10769.
 """
 import argparse
 import copy

@@ -34,7 +34,7 @@ Measured (--quick: drawn digits, a small network, seed 0, one CPU thread; no FID
 61.5 and 57.5 at 1, 4 and 15 Euler steps, 101.3 at one after the one-step stage; a classifier finds the digit
 that was asked for in 74, 82, 77 and 77 % of them. On real pictures, or a GPU, the recipe was not run.
 
-Paper: "Catch-Up Distillation: You Only Need to Train Once for Accelerating Sampling", arXiv 2305.10769.
+Paper: "Catch-Up Distillation: You Only Need to Train Once for Accelerated Sampling", arXiv 2305.10769.
 """
 import argparse
 import copy

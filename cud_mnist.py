@@ -25,7 +25,7 @@ finds. The trajectories become straight, so few steps suffice. No teacher or sec
     w_1 = w_2 = 1, but for --loss-ramp
 
     python cud_mnist.py --quick                     a tour on a CPU in five minutes, nothing downloaded
-    python cud_mnist.py --rk-order 3 --one-step     the paper's recipe for MNIST, then the one-step stage
+    python cud_mnist.py --rk-order 3 --one-step     the paper's recipe for MNIST as RK34, then one step
     python cud_mnist.py --steps 1 2 4 8 15          evaluates that run in runs/mnist, training nothing
 
 Measured (README: commands, three seeds, a small network on a CPU; no FID): FD (classifier) on real MNIST at 4
@@ -33,7 +33,7 @@ Euler steps is 73.0 for rectified flow, 56.1 with --rk-order 1 and 47.3 with --r
 iterations; 68.5 and 61.7 for rectified flow given the compute of either. At 15 steps that last one is ahead:
 13.5 against order 3's 18.9.
 
-Paper: "Catch-Up Distillation: You Only Need to Train Once for Accelerating Sampling", arXiv 2305.10769.
+Paper: "Catch-Up Distillation: You Only Need to Train Once for Accelerated Sampling", arXiv 2305.10769.
 """
 import argparse
 import copy

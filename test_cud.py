@@ -1170,6 +1170,9 @@ def test_line_chart_puts_points_where_they_belong():
     (x0, y0), (x1, y1), (x2, y2) = (map(float, point.split(",")) for point in line.split())
     assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2) and y0 - y1 == pytest.approx(y1 - y2, abs=0.2)
     assert x0 < x1 and y0 > y1  # up is larger
+    circles = chart.iter("{http://www.w3.org/2000/svg}circle")
+    dots = [(float(circle.get("cx")), float(circle.get("cy"))) for circle in circles]
+    assert dots == [(x0, y0), (x1, y1), (x2, y2)]
 
 
 def test_attention_stands_at_the_sizes_named(capsys):
@@ -2792,12 +2795,12 @@ def test_every_flag_is_explained(script):
 
 def figure(text):
     """An SVG of quality against NFE: the rows of the README's table that follow its header of step counts."""
-    head, _, *rows = re.search(r"\| method \|.*?\n\n", text, re.S)[0].strip().split("\n")
-    steps, lines = [int(cell) for cell in head.split("|")[2:-1] if cell.strip().isdigit()], {}
-    for row in rows:
-        cells = [cell.strip(" *") for cell in row.split("|")[1:-1]]
-        figures = [re.findall(r"[\d.]+", cell.replace(",", "")) for cell in cells[-len(steps):]]
-        lines[cells[0]] = [(n, *map(float, figure)) for n, figure in zip(steps, figures)]
+    table = re.search(r"\| method \|.*?\n\n", text, re.S)[0].replace("`", "").strip()
+    head, _, *rows = ([cell.strip(" *") for cell in row.split("|")[1:-1]] for row in table.split("\n"))
+    steps, lines = [int(cell) for cell in head if cell.isdigit()], {}
+    for name, *cells in rows:
+        figures = [re.findall(r"[\d.]+", cell.replace(",", "")) for cell in cells]
+        lines[name] = [(n, *map(float, figure)) for n, figure in zip(steps, figures) if figure]
     return common.line_chart(lines, "network evaluations an image (NFE), Euler",
                              "FD (classifier), lower is better", x_ticks=steps)
 
