@@ -2762,10 +2762,11 @@ def test_readme_results_commands_parse_and_its_python_runs(quick, monkeypatch):
         exec(compile(block.replace('"assets/', f'"{HERE}/assets/'), "README.md", "exec"), {})
 
 
-def test_the_weights_in_assets_make_digits():
-    network = cud_mnist.load_model(HERE / "assets/mnist_rk12.pt")
+@pytest.mark.parametrize("name, solver, steps", [("rk12", common.ab2, 5), ("one_step", common.euler, 1)])
+def test_the_weights_in_assets_make_digits(name, solver, steps):
+    network = cud_mnist.load_model(HERE / f"assets/mnist_{name}.pt")
     z = torch.randn(64, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-    images = common.to_uint8(common.ab2(network.sampled, z, 6)[0])
+    images = common.to_uint8(solver(network.sampled, z, steps)[0])
     assert 28 < images.float().mean() < 40  # MNIST: 33.8
     assert 0.7 < (images < 20).float().mean() < 0.9 and (images > 200).float().mean() > 0.05
 
