@@ -1109,7 +1109,8 @@ def save_grid(images, path, columns=8, zoom=2):
     save(lambda file: picture.save(file, "PNG"), path)
 
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#777777", "#000000")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#777777", "#000000", "#882255",
+           "#999933")
 
 
 def line_chart(lines, x_label, y_label, x_ticks=None):
