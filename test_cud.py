@@ -2749,10 +2749,10 @@ def test_readme_commands_work_one_after_the_other():
 
 
 def test_readme_results_commands_parse_and_its_python_runs(quick, monkeypatch):
-    teacher, parsed = str(quick / "runs/mnist-quick/model.pt"), 0
-    for script, flags in readme_commands(of_results=True):
-        parsed += bool(script.parse_args([teacher if "model.pt" in word else word for word in flags]))
-    assert parsed > 30
+    teacher = str(quick / "runs/mnist-quick/model.pt")
+    parsed = [script.parse_args([teacher if "model.pt" in word else word for word in flags])
+              for script, flags in readme_commands(of_results=True)]
+    assert len(parsed) > 30
     text = (HERE / "README.md").read_text()
     rows = re.findall(r"\| `(--run-dir [^`]*)`", text)
     folders = {cud_cifar10.parse_args(row.split()).run_dir for row in rows}
