@@ -610,7 +610,7 @@ def add_result(folder, key, measured):
     if rank() == 0:
         with open(Path(folder) / "results.jsonl", "a+b") as file:
             file.seek(max(0, file.tell() - 1))
-            cut = file.read() not in (b"", b"\n")  # by a kill: the new line begins after it
+            cut = file.read(1) not in (b"", b"\n")  # by a kill, or not all there yet: leaves an empty line
             file.write(("\n" * cut + json.dumps({"key": key, **measured}) + "\n").encode())
 
 
@@ -618,7 +618,7 @@ def read_results(folder):
     """The rows of results.jsonl, each one dict; of equal keys the latest counts."""
     path, latest = Path(folder) / "results.jsonl", {}
     with reading(path, "take the damaged line out"):
-        for line in regular(path, 1_000 * MEGABYTE).read_text().splitlines():
+        for line in filter(None, regular(path, 1_000 * MEGABYTE).read_text().splitlines()):
             row = json.loads(line)
             key = row.pop("key")
             latest[json.dumps(key)] = key | row
