@@ -998,7 +998,9 @@ def evaluate(args, device, data, networks):
     run, classes = Path(args.run_dir), networks["model"].config["classes"]
     for weights, solver, steps in plan(args, networks):  # first: they stay, whatever happens to the figures
         drawn = sample(networks[weights], grid_labels(args, classes), solver, steps, args, device)
-        common.save_grid(drawn.images, run / f"samples_{weights}_{solver}{steps or ''}.png")
+        head = f"head{networks[weights].head}" * (len(networks[weights].heads) > 1)
+        name = "_".join(str(part) for part in ("samples", weights, head, solver, steps) if part)
+        common.save_grid(drawn.images, run / f"{name}.png")
         if rank() == 0 and weights == "model" and (steps or max(args.steps)) == max(args.steps):
             rows = drawn.x0_hats.transpose(0, 1).flatten(0, 1)  # a sample a row
             common.save_grid(rows, run / "trajectory.png", columns=len(drawn.x0_hats))

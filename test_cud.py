@@ -892,7 +892,7 @@ def test_quick_leaves_a_whole_run(quick, monkeypatch, capsys):
     folder = Path("runs/mnist-quick")
     names = ("config.json metrics.csv metrics.svg checkpoint.pt model.pt results.jsonl trajectory.png "
              "one_step.pt one_step_metrics.svg one_step_samples_000012.png samples_000020.png "
-             "samples_000030.png samples_model_euler3.png samples_one-step_euler1.png")
+             "samples_000030.png samples_model_euler_3.png samples_one-step_euler_1.png")
     assert set(names.split()) <= set(os.listdir(folder))
     results = common.read_results(folder)
     rows = [("model EMA", 1), ("model EMA", 3), ("one-step EMA", 1)]
@@ -934,7 +934,7 @@ def test_quick_cifar10_is_continued_and_evaluated(capsys):
     assert all(0 < r["floor"] < r["value"] < r["noise"] for r in results)
     with np.load(folder / "samples.npz") as file:
         assert file["arr_0"].shape == (12, 32, 32, 3) and file["arr_0"].dtype == np.uint8
-    assert Image.open(folder / "samples_model_euler3.png").mode == "RGB"
+    assert Image.open(folder / "samples_model_euler_3.png").mode == "RGB"
 
 
 def test_a_run_folder_remembers_its_flags(capsys):
@@ -948,7 +948,7 @@ def test_a_run_folder_remembers_its_flags(capsys):
     for words in ("--rk-order 2", "--lr 0.01", "--data glyphs", "--multipliers 1 2"):
         assert words in line
     assert "--steps" not in line and "iterations 0 to" not in out
-    assert (folder / "samples_model_heun3.png").exists()
+    assert (folder / "samples_model_head2_heun_3.png").exists()
     assert (config, checkpoint) == tuple((folder / n).read_bytes() for n in ("config.json", "checkpoint.pt"))
     for flags, message in (("--rk-order 1 --lr 0.01", "--rk-order (2 then, 1 now); leave"),
                            ("--rk-order 2 --seed 3 --attention 14", "--seed (0 then, 3 now), --attention")):
@@ -1010,6 +1010,7 @@ def test_the_head_that_samples_is_the_one_named(capsys):
         x, t = torch.randn(2, 1, 28, 28), torch.rand(2)
         assert_close(network.sampled(x, t), torch.full_like(x, value))
         assert_close(network.velocity(x, t), torch.full_like(x, 0.2))
+    assert len({Path(f"runs/mnist/samples_model_head{i}_euler_4.png").read_bytes() for i in (1, 2, 3)}) == 3
     assert cud_mnist.main([*flags, "--head", "4"]) == 2 and "--head 4: there are 3" in capsys.readouterr().err
     for heads, expected in ((1, [0.2]), (2, [0.2, 0.4]), (4, [0.2, 0.4, 0.6, 0.6])):
         begun = cud_mnist.begin_from(cud_mnist.load_model("three.pt"), heads, 0.1)
@@ -1101,7 +1102,7 @@ def test_a_model_file_is_evaluated_and_nothing_trained(capsys):
     first, second = common.read_results("judged")
     assert first["value"] == rows[0]["value"] != second["value"] and second["seed"] == 7
     assert first["model_sha256"] == common.sha256(snapshot)[:12] == rows[0]["model_sha256"]
-    assert sorted(os.listdir("judged")) == ["results.jsonl", "samples_model_euler1.png", "trajectory.png"]
+    assert sorted(os.listdir("judged")) == ["results.jsonl", "samples_model_euler_1.png", "trajectory.png"]
     Path("runs/mnist/checkpoint.pt").unlink()
     Path("runs/mnist/checkpoint_previous.pt").unlink()
     before = Path("runs/mnist/model.pt").read_bytes()
@@ -1397,7 +1398,7 @@ def test_inception_features_end_to_end(monkeypatch, capsys):
     weights = Path("data/cache/inception-2015-12-05.pt")
     status, err = run(*flags, capsys=capsys)
     assert status == 2 and len(err) == 1 and weights.name in err[0] and "evaluates later" in err[0]
-    assert Path("runs/mnist/samples_model_euler2.png").exists() and Path("runs/mnist/model.pt").exists()
+    assert Path("runs/mnist/samples_model_euler_2.png").exists() and Path("runs/mnist/model.pt").exists()
     weights.parent.mkdir(parents=True, exist_ok=True)
     weights.write_bytes(b"PK cut short")
     status, err = run(*flags, capsys=capsys)
@@ -1692,7 +1693,7 @@ def test_quick_imagenet_is_continued_evaluated_and_sampled_by_class(monkeypatch,
     out, folder = capsys.readouterr().out, Path("runs/imagenet64-quick")
     assert "iterations 4 to 8" in out and "right class" in out
     assert "250 samples of drawn classes against 600 drawn digits" in out
-    assert Image.open(folder / "samples_model_euler2.png").size == (8 * 132, 10 * 132)
+    assert Image.open(folder / "samples_model_euler_2.png").size == (8 * 132, 10 * 132)
     results = common.read_results(folder)
     one_step = [r for r in results if r["weights"] == "one-step EMA"]
     assert [(r["steps"], r["images_seen"]) for r in one_step] == [(1, 16)]  # a student keeps its teacher
@@ -1707,7 +1708,7 @@ def test_quick_imagenet_is_continued_evaluated_and_sampled_by_class(monkeypatch,
     assert cud_imagenet64.main([*flags, *more]) == 0
     with np.load(folder / "samples.npz") as file:
         assert file["arr_0"].shape == (9, 64, 64, 3) and file["arr_1"].tolist() == [7, 3, 7, 3, 7, 3, 7, 3, 7]
-    assert Image.open(folder / "samples_model_euler2.png").size == (8 * 132, 2 * 132)
+    assert Image.open(folder / "samples_model_euler_2.png").size == (8 * 132, 2 * 132)
     assert cud_imagenet64.main([*flags, "--iterations", "8", "--no-one-step", "--classes", "7", "10"]) == 2
     assert "--classes: 10 is not among the 10 classes, 0 to 9" in capsys.readouterr().err
 
@@ -2392,7 +2393,7 @@ def test_closed_streams_do_not_end_a_training():
         subprocess.run(["bash", "-c", command], env=env, check=True, capture_output=True, timeout=120)
         assert torch.load(f"{number}/checkpoint.pt")["iteration"] == 30
         assert [row[0] for row in table(f"{number}/metrics.csv")][-1] == "30"
-        assert (Path(str(number)) / "samples_model_euler2.png").exists()
+        assert (Path(str(number)) / "samples_model_euler_2.png").exists()
 
 
 def test_ranks_whose_folders_differ_say_so():
