@@ -1110,7 +1110,7 @@ def save_grid(images, path, columns=8, zoom=2):
 
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#777777", "#000000", "#882255",
-           "#999933")
+           "#999933", "#8b4513")
 
 
 def line_chart(lines, x_label, y_label, x_ticks=None):
