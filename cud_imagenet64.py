@@ -1116,7 +1116,7 @@ def parse_args(argv=None):
     flag = parser.flags("method", DEFINES)
     flag("--rk-order", type=int, choices=range(4), default=1, help="k (RK12, RK23, RK34); 0: rectified flow")
     flag("--rk-points", choices=points, default="published", help="b(j): the paper's, or more accurate ones")
-    flag("--step-rule", choices=STEP_RULES, default="uniform", help="h: U(0, 1/N); t/N measured better; 1/N")
+    flag("--step-rule", choices=STEP_RULES, default="uniform", help="h: below 1/N; t/N measured better; 1/N")
     flag("--intervals", type=count, default=16, help="N of the step rule")
     flag("--target", choices=targets, default="online", help="y_j by the network or its EMA; or --teacher's")
     flag("--loss-ramp", action=yes_no, default=False, help="weigh the loss by w_1 = 2 i/I, w_2 = 2 (1 - i/I)")
