@@ -610,7 +610,7 @@ def add_result(folder, key, measured):
     if rank() == 0:
         with open(Path(folder) / "results.jsonl", "a+b") as file:
             file.seek(max(0, file.tell() - 1))
-            cut = file.read(1) not in (b"", b"\n")  # by a kill, or not all there yet: leaves an empty line
+            cut = file.read(1) not in (b"", b"\n")  # by a kill; or half written: an empty line stays
             file.write(("\n" * cut + json.dumps({"key": key, **measured}) + "\n").encode())
 
 

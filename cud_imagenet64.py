@@ -997,8 +997,9 @@ def evaluate(args, device, data, networks):
     """Pictures, samples.npz and Frechet distances of {"model": network, maybe "one-step": network}."""
     run, classes = Path(args.run_dir), networks["model"].config["classes"]
     for weights, solver, steps in plan(args, networks):  # first: they stay, whatever happens to the figures
-        drawn = sample(networks[weights], grid_labels(args, classes), solver, steps, args, device)
-        head = f"head{networks[weights].head}" * (len(networks[weights].heads) > 1)
+        network = networks[weights]
+        drawn = sample(network, grid_labels(args, classes), solver, steps, args, device)
+        head = f"head{network.head}" * (len(network.heads) > 1)
         name = "_".join(str(part) for part in ("samples", weights, head, solver, steps) if part)
         common.save_grid(drawn.images, run / f"{name}.png")
         if rank() == 0 and weights == "model" and (steps or max(args.steps)) == max(args.steps):
