@@ -1,50 +1,52 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch", "numpy", "pillow", "clean-fid"]
+# dependencies = ["torch>=2.5.1", "numpy>=1.26", "pillow>=10.1", "clean-fid"]
 # ///
 """Catch-Up Distillation (CUD) on MNIST: train a flow model once, sample it in a handful of steps.
 
 A flow model learns the velocity that carries noise to data. CUD also lets it catch up with itself: its output
 at time t is pulled towards its own output a little further along its own trajectory, which a Runge-Kutta step
-finds. The trajectories become straight, so few steps suffice. No teacher or second training is needed;
---teacher and --one-step offer them.
+finds. The trajectories become straight, so few steps suffice. There is no teacher and no second training,
+unless you ask for one with --teacher or --one-step (paper: arXiv 2305.10769).
 
     x, z          data in [-1, 1] and noise, [B, C, H, W]
     t in [0, 1]   time: t = 0 is data, t = 1 is noise
     x_t           t z + (1 - t) x
     u             dx_t/dt = z - x, the true velocity
-    v_1 .. v_k    the network's heads at (x_t, t); sampling integrates the last, or --head
-    k             --rk-order: 1, 2, 3 are the paper's RK12, RK23, RK34; 0: rectified flow, v_1 without any y
-    h             the step, drawn for each sample
+    v_1 .. v_k    the network's heads at (x_t, t); samples follow the last of them, or --head: with N steps of
+                  Euler's method, x <- x - v(x, t) / N from noise at t = 1 to data at t = 0
+    k             --rk-order: 1, 2, 3 are the paper's RK12, RK23, RK34; 0 is rectified flow: one head, no y
+    h             the step, drawn for each sample by --step-rule
     k_1 .. k_k    the Runge-Kutta slopes: k_i is v_1 at time t - (i - 1) h
     X_j           x_t - h sum_i b_i(j) k_i: the trajectory's point at time t - j h, j = 1 .. k
-    y_j           v_1(X_j, t - j h) without gradient; u, for every j, where t - k h would pass the data
+    y_j           v_1(X_j, t - j h) without gradient; it is u, for every j, where t - k h would pass the data
 
     loss = w_1 sum_j |v_j - y_j|^2  +  w_2 sum_j |v_j - u|^2  +  beta KL(q(z|x), N(0, I))
            catch up with itself        stay true to the data    where an encoder q couples noise to data
-    w_1 = w_2 = 1, but for --loss-ramp
+    |.|^2 and KL are means over an image's values; w_1 = w_2 = 1, except with --loss-ramp. Slopes and y_j are
+    made with dropout on, as in the released code. The encoder proposes z = mu(x) + sigma(x) noise.
 
-    python cud_mnist.py --quick                     a tour on a CPU in five minutes, nothing downloaded
+    python cud_mnist.py --quick                     a tour on a CPU in five minutes; nothing is downloaded
     python cud_mnist.py --rk-order 3 --one-step     the paper's recipe for MNIST as RK34, then one step
-    python cud_mnist.py --steps 1 2 4 8 15          evaluates that run in runs/mnist, training nothing
+    python cud_mnist.py --steps 1 2 4 8 15          evaluates that run (or first goes on with it)
 
-Measured (README: commands, three seeds, a small network on a CPU; no FID): FD (classifier) on real MNIST at 4
-Euler steps is 51 for rectified flow and, for the same compute, 35 with --rk-order 1, 25 with --step-rule
-proportional, too, and 29 with --rk-order 3. At 5 evaluations of AB2 it is 8.5, 6.9, 5.2 and 11.0.
-
-Paper: "Catch-Up Distillation: You Only Need to Train Once for Accelerated Sampling", arXiv 2305.10769.
+Measured (README: small network, three seeds, commands; no FID): FD (classifier) at 4 Euler steps is 51 for
+rectified flow. For the same compute it is 35 with --rk-order 1, 25 with --step-rule proportional added.
 """
 import argparse
 import copy
-import hashlib
+import json
 import math
 import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -52,44 +54,27 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 import common
-from common import (
-    DEFINES,
-    FORGOTTEN,
-    MAY_CHANGE,
-    InputError,
-    all_reduce,
-    ceil_div,
-    number,
-    progress,
-    rank,
-    world,
-)
+from common import InputError, progress
 
 # ------------------------------------------------------------------------------------------------ the method
 
-EPS = 1e-5  # training's earliest time: at t = 0 the data is reached, and no velocity is left to learn
+EPS = 1e-5  # training's earliest time (the paper's)
 STEP_RULES = ("uniform", "proportional", "constant")
-INNER = {  # [points][i]: slope k_i is taken at x_t - h (a_1 k_1 + .. + a_(i-1) k_(i-1)), these are the a
-    "published": {2: [1], 3: [7/4, 1/4]},
-    "dense": {2: [1], 3: [0, 2]}}
-WEIGHTS = {  # [points][k][j - 1]: b_1(j) .. b_k(j)
-    "published": {  # the paper's, b(j) = j b(1): the first point has the method's order, the others have not
-        1: [[1]],
-        2: [[1/2, 1/2], [1, 1]],
-        3: [[5/12, 2/3, -1/12], [10/12, 4/3, -2/12], [15/12, 2, -3/12]]},
-    "dense": {  # over the span k h: Euler, explicit midpoint, Heun's third order with their dense output
-        1: [[1]],
-        2: [[1/2, 1/2], [0, 2]],
-        3: [[5/12, 2/3, -1/12], [1/3, 4/3, 1/3], [3/4, 0, 9/4]]}}
+RK_A = {2: [1], 3: [7/4, 1/4]}  # [i]: slope k_i is taken at x_t - h (a_1 k_1 + ..); these are the paper's a
+RK_B = {  # [k][j - 1]: b_1(j) .. b_k(j) of point X_j (the paper's). As b(j) = j b(1), the local error of X_1
+    # is of order 2, 3, 3 for k = 1, 2, 3, and that of the points after it of order 2
+    1: [[1]],
+    2: [[1/2, 1/2], [1, 1]],
+    3: [[5/12, 2/3, -1/12], [10/12, 4/3, -2/12], [15/12, 2, -3/12]]}
 
 
-def step_size(rule, t, n, uniform):
-    """The step h [B] by one of the paper's STEP_RULES, from t [B], N and draws [B] of U(0, 1)."""
+def step_size(rule, t, n, r):
+    """The step h [B] by one of the paper's STEP_RULES, from t [B], N and draws r [B] of U(0, 1)."""
     if rule == "uniform":
-        return uniform / n
+        return r / n
     if rule == "proportional":
         return t / n
     return torch.full_like(t, 1 / n)
@@ -100,12 +85,8 @@ def align(t, x):
     return t.view(-1, *[1] * (x.dim() - 1))
 
 
-def mix(weights, slopes):
-    return sum(weight * slope for weight, slope in zip(weights, slopes))
-
-
 @torch.no_grad()
-def catch_up_points(velocity, x_t, t, h, k_1, order=1, points="published"):
+def catch_up_points(velocity, x_t, t, h, k_1, order=1):
     """The next `order` points of the trajectory through x_t, by one Runge-Kutta step (paper, section 3).
 
     velocity: callable (x [B, ...], t [B]) -> [B, ...], called order - 1 times; k_1: its value at (x_t, t);
@@ -113,60 +94,59 @@ def catch_up_points(velocity, x_t, t, h, k_1, order=1, points="published"):
     """
     h_x, slopes = align(h, x_t), [k_1]
     for i in range(2, order + 1):
-        x = x_t - h_x * mix(INNER[points][i], slopes)
+        x = x_t - h_x * sum(a * k for a, k in zip(RK_A[i], slopes))
         slopes.append(velocity(x, (t - (i - 1) * h).clamp(min=EPS)))
-    where = [x_t - h_x * mix(weights, slopes) for weights in WEIGHTS[points][order]]
-    when = [(t - j * h).clamp(min=EPS) for j in range(1, order + 1)]
-    return torch.stack(where), torch.stack(when)
+    points = [x_t - h_x * sum(b * k for b, k in zip(weights, slopes)) for weights in RK_B[order]]
+    times = [(t - j * h).clamp(min=EPS) for j in range(1, order + 1)]
+    return torch.stack(points), torch.stack(times)
 
 
-def catch_up_loss(network, x, z, t, h, order=1, points="published", velocity=None, target=None):
-    """L_catchup, L_truth, each [B]: squared errors, averaged over a sample's dimensions, summed over heads.
+def catch_up_loss(network, x, z, t, h, order=1, velocity=None, target=None):
+    """L_catchup and L_truth, each [B]: squared errors, means over a sample's dimensions, sums over the heads.
 
     network: callable (x_t [B, ...], t [B]) -> v_1 .. v_k [max(order, 1), B, ...]; x data, z noise [B, ...].
-    velocity: makes the slopes, by default v_1 of `network`; target: makes the y_j, by default `velocity`.
-    ValueError where the network's output has another shape.
+    velocity: makes the slopes; None: the first head of `network`. target: makes the y_j; None: `velocity`. It
+    is given the points j = 1 .. k concatenated along the batch, [k B, ...].
+    ValueError if the network's output has another shape.
     """
-    def first_head(x, t):
-        return network(x, t)[0]
-
-    velocity = velocity or first_head
+    velocity = velocity if velocity is not None else lambda x, t: network(x, t)[0]
+    target = target if target is not None else velocity
     x_t, u = align(t, x) * z + (1 - align(t, x)) * x, z - x
     v = network(x_t, t)  # the one evaluation with gradient
     if v.shape != (max(order, 1), *x.shape):
-        raise ValueError(f"order {order} needs a network that returns its heads stacked, "
-                         f"{[max(order, 1), *x.shape]}; it returned {list(v.shape)}")
+        raise ValueError(f"the network returned {list(v.shape)}, not its heads {[max(order, 1), *x.shape]}")
     truth = (v - u).square().flatten(2).mean(2).sum(0)  # its gradient reaches an encoder through u as well
     if order == 0:
         return torch.zeros_like(truth), truth
     with torch.no_grad():  # the output moves towards the target, never the target towards the output
-        where, when = catch_up_points(velocity, x_t, t, h, v[0], order, points)
-        y = (target or velocity)(where.flatten(0, 1), when.flatten()).view_as(v)  # one batch of k B
+        points, times = catch_up_points(velocity, x_t, t, h, v[0], order)
+        y = target(points.flatten(0, 1), times.flatten()).view_as(v)
         y = torch.where(align(t - order * h < EPS, x), u, y)
     return (v - y).square().flatten(2).mean(2).sum(0), truth
 
 
-def distillation_loss(network, teacher, ema, x, z, t, h, rule):
-    """The loss [B] of a one-head student of a frozen teacher: no truth, no encoder.
+def distillation_loss(network, teacher, average, x, z, t, h, rule):
+    """The loss [B] of a one-head student of a frozen teacher: there is no truth term and no encoder.
 
-    teacher, ema: callables (x [B, ...], t [B]) -> velocity [B, ...]; X_1: one Euler step of the teacher.
+    teacher, average (the student's EMA): callables (x [B, ...], t [B]) -> velocity [B, ...]. By `rule`, with
+    X_1 one Euler step of the teacher from x_t,
     "consistency": x_t - t v lands where the EMA lands from X_1 (Song et al. 2023, eq. 7);
     "progressive": v is the teacher's mean slope over two such steps (Salimans & Ho 2022);
     "ema": v is the EMA's velocity at X_1 (what the released code calls consistency distillation).
-    Steps are shortened to end at EPS, so that u never replaces a target.
+    The steps are shortened to end at EPS or later, so every t has a target and u replaces none.
     """
     h = torch.minimum(h, (t - EPS) / (2 if rule == "progressive" else 1))
     x_t = align(t, x) * z + (1 - align(t, x)) * x
     v = network(x_t, t)[0]
     with torch.no_grad():
         k_1 = teacher(x_t, t)
-        where, when = catch_up_points(teacher, x_t, t, h, k_1)
-        y = (teacher if rule == "progressive" else ema)(where[0], when[0])
+        points, times = catch_up_points(teacher, x_t, t, h, k_1)
+        y = (teacher if rule == "progressive" else average)(points[0], times[0])
     if rule == "progressive":
         y = (k_1 + y) / 2
     error = v - y
     if rule == "consistency":
-        error = x_t - align(t, x) * v - (where[0] - align(when[0], x) * y)
+        error = x_t - align(t, x) * v - (points[0] - align(times[0], x) * y)
     return error.square().flatten(1).mean(1)
 
 
@@ -187,8 +167,8 @@ def conv(c_in, c_out, size, gain=1.0):
 
 def norm(channels):
     groups = min(32, channels // 4)
-    if channels % 2 or channels % groups:
-        raise InputError(f"--channels, --multipliers: {channels} channels do not divide into {groups} groups")
+    if channels < 4 or channels % 2 or channels % groups:
+        raise ValueError(f"{channels} channels are not an even number that divides into groups of 4 or more")
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
@@ -209,33 +189,35 @@ class Block(nn.Module):
             self.proj = conv(c_out, c_out, 1, gain=1e-5)
 
     def forward(self, x, emb):
-        h = self.conv1(self.resize(F.silu(self.norm1(x)))) + self.emb(emb)[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        x = (h + self.skip(self.resize(x))) * math.sqrt(0.5)
+        a = self.conv1(self.resize(F.silu(self.norm1(x)))) + self.emb(emb)[:, :, None, None]
+        a = self.conv2(self.dropout(F.silu(self.norm2(a))))
+        x = (a + self.skip(self.resize(x))) * math.sqrt(0.5)
         if not self.attention:
             return x
         q, k, v = self.qkv(self.norm3(x)).flatten(2).mT.unsqueeze(1).chunk(3, -1)  # each [B, 1, H W, C]
-        h = F.scaled_dot_product_attention(q, k, v).squeeze(1).mT.reshape_as(x)
-        return (x + self.proj(h)) * math.sqrt(0.5)
+        a = F.scaled_dot_product_attention(q, k, v).squeeze(1).mT.reshape_as(x)
+        return (x + self.proj(a)) * math.sqrt(0.5)
 
 
 class UNet(nn.Module):
     """DDPM++ UNet (Song et al. 2021, as configured by Karras et al. 2022) with `heads` velocity heads.
 
-    image: (C, H, W); attention: the sizes H that have it beside the bottom; skip_phi: phi of the skips, which
-    weigh 2 (1 - phi) at t = 0 and 2 phi at t = 1 (the paper's prior ShakeDrop); c_out: channels of a head.
+    image: (C, H, W); attention: the heights H of the levels that have it, beside the bottom; skip_phi: phi of
+    the skips, which weigh 2 (1 - phi) at t = 0 and 2 phi at t = 1 (the paper's prior ShakeDrop); c_out:
+    channels of a head, if not C. ValueError for sizes that do not fit together.
     """
 
     def __init__(self, image, channels, multipliers, blocks, attention, dropout, heads=1, skip_phi=0.75,
                  c_out=None):
-        self.config = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         super().__init__()
+        self.config = dict(image=image, channels=channels, multipliers=multipliers, blocks=blocks,
+                           attention=attention, dropout=dropout, heads=heads, skip_phi=skip_phi, c_out=c_out)
         sizes = [image[1] // 2 ** level for level in range(len(multipliers))]
-        if image[1] % 2 ** (len(multipliers) - 1):
-            raise InputError(f"--multipliers: {image[1]} px cannot be halved {len(multipliers) - 1} times")
+        if any(size % 2 ** (len(multipliers) - 1) for size in image[1:]):
+            raise ValueError(f"{image[1]}x{image[2]} pixels cannot be halved {len(multipliers) - 1} times")
         if not set(attention) <= set(sizes):
-            raise InputError(f"--attention {attention}: the levels have the sizes {sizes}")
-        self.channels, self.skip_phi, self.amp, self.head = channels, skip_phi, False, heads
+            raise ValueError(f"there is no attention at {attention}: the levels have the sizes {sizes}")
+        self.channels, self.skip_phi, self.bf16, self.head = channels, skip_phi, False, heads
         c, emb = channels, 4 * channels
         self.embed = nn.Sequential(init(nn.Linear(c, emb)), nn.SiLU(), init(nn.Linear(emb, emb)), nn.SiLU())
         self.first, skips = conv(image[0], c, 3), [c]
@@ -245,8 +227,8 @@ class UNet(nn.Module):
                 self.encoder.append(Block(c, c, emb, dropout, "down"))
                 skips.append(c)
             for _ in range(blocks):
-                self.encoder.append(Block(c, channels * multiplier, emb, dropout, None,
-                                          sizes[level] in attention))
+                attends = sizes[level] in attention
+                self.encoder.append(Block(c, channels * multiplier, emb, dropout, None, attends))
                 c = channels * multiplier
                 skips.append(c)
         self.bottom = nn.ModuleList([Block(c, c, emb, dropout, None, True), Block(c, c, emb, dropout)])
@@ -254,465 +236,477 @@ class UNet(nn.Module):
             if level < len(multipliers) - 1:
                 self.decoder.append(Block(c, c, emb, dropout, "up"))
             for i in range(blocks + 1):
+                attends = sizes[level] in attention and i == blocks
                 self.decoder.append(Block(c + skips.pop(), channels * multiplier, emb, dropout, None,
-                                          sizes[level] in attention and i == blocks))
+                                          attends))
                 c = channels * multiplier
         self.heads = nn.ModuleList(nn.Sequential(norm(c), nn.SiLU(), conv(c, c_out or image[0], 3, 1e-5))
                                    for _ in range(heads))
 
     def forward(self, x, t, heads=slice(None)):
         """x [B, C, H, W], t [B] -> these heads (all by default), of x's type [heads, B, c_out, H, W]."""
-        half = self.channels // 2
+        half = self.channels // 2  # of the embedding of t, which is not scaled, as in the released code
         angle = t[:, None] * 10_000 ** (-torch.arange(half, dtype=t.dtype, device=t.device) / (half - 1))
         emb = self.embed(torch.cat([angle.sin(), angle.cos()], 1))  # float32: bfloat16 resolves t to 0.004
         p = (t * (1 - 2 * self.skip_phi) + self.skip_phi).view(-1, 1, 1, 1)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
-            h = self.first(x)
-            skips = [h]
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            skips = [a := self.first(x)]
             for block in self.encoder:
-                h = block(h, emb)
-                skips.append(h)
+                skips.append(a := block(a, emb))
             for block in self.bottom:
-                h = block(h, emb)
+                a = block(a, emb)
             for block in self.decoder:
-                if block.resample != "up":  # p is float32: without the casts so would be all that follows
-                    h = torch.cat([(2 * p * h).to(h.dtype), (2 * (1 - p) * skips.pop()).to(h.dtype)], 1)
-                h = block(h, emb)
-            return torch.stack([head(h).to(x.dtype) for head in self.heads[heads]])
+                if block.resample != "up":  # p is float32: without the casts all that follows would be, too
+                    a = torch.cat([(2 * p * a).to(a.dtype), (2 * (1 - p) * skips.pop()).to(a.dtype)], 1)
+                a = block(a, emb)
+            return torch.stack([head(a).to(x.dtype) for head in self.heads[heads]])
 
-    def velocity(self, x, t):
-        """v_1, which makes stages and targets: x [B, C, H, W], t [B] -> [B, C, H, W]."""
+    def first_head(self, x, t):
+        """v_1, which makes slopes and targets: x [B, C, H, W], t [B] -> [B, C, H, W]."""
         return self(x, t, slice(0, 1))[0]
 
-    def sampled(self, x, t):
-        """The chosen head's velocity, which sampling integrates; as velocity()."""
+    def sampling_velocity(self, x, t):
+        """The head that samples follow, the last unless choose() was called; as first_head()."""
         return self(x, t, slice(self.head - 1, self.head))[0]
 
     def choose(self, head):
-        """Let v_head sample, by default the last. InputError where there is none."""
+        """Let samples follow this head, 1 to k; None is the last. ValueError if there is no such head."""
         if head and head > len(self.heads):
-            raise InputError(f"--head {head}: there are {len(self.heads)}")
+            raise ValueError(f"there is no head {head}, as the network has {len(self.heads)}")
         self.head = head or len(self.heads)
 
 
-def load_model(path, device="cpu", head=None):
-    """The network that a run has saved, in evaluation mode, without gradients; head samples, by default the
-    last. InputError where the file is damaged, of other images, or its weights are not finite."""
+def load_model(path, head=None):
+    """The network in a model file of this script, in evaluation mode; samples follow `head`, if given.
+
+    InputError if the file is damaged, makes images of another size, or has no such head.
+    """
     remedy = "give a model.pt that this script has written"
     saved = common.load_pt(path, ["model", "args", "images_seen"], remedy)
     with common.reading(path, remedy):
-        config = common.plain(saved["args"], most=4_096, texts=False)
-        if tuple(config["image"]) != IMAGE:
-            raise ValueError(f"it makes images {config['image']}, not {IMAGE}")
-        if max(config["blocks"], config["heads"]) > len(saved["model"]):
-            raise ValueError("its blocks or heads are more than its tensors")
-        network = UNet(**config)
-        common.restore(network.state_dict(), saved["model"], "model")  # from half precision, too
-        network.source, network.images_seen = path, int(saved["images_seen"])
-    network.choose(head)
-    return network.to(device).eval().requires_grad_(False)
+        if tuple(saved["args"]["image"]) != IMAGE:
+            raise ValueError(f"it makes images {tuple(saved['args']['image'])}, not {IMAGE}")
+        network = UNet(**saved["args"])
+        network.load_state_dict(saved["model"])  # also from half precision
+        network.choose(head)
+    network.source, network.images_seen = path, saved["images_seen"]
+    return network.eval().requires_grad_(False)
 
 
-def begin_from(saved, heads, dropout):
-    """A network with `heads` heads that begins with the weights of another one, whose last head stands in for
-    those that it lacks."""
-    network = UNet(**saved.config | dict(heads=heads, dropout=dropout))
-    weights = saved.state_dict()
+def begin_from(source, heads, dropout):
+    """A network with `heads` heads and the weights of `source`; the last head stands in for missing ones."""
+    network, weights = UNet(**source.config | dict(heads=heads, dropout=dropout)), source.state_dict()
     for name in network.state_dict().keys() - weights.keys():
-        head, part = name.removeprefix("heads.").split(".", 1)
-        weights[name] = weights[f"heads.{len(saved.heads) - 1}.{part}"]
+        part = name.split(".", 2)[2]  # of heads.NUMBER.PART
+        weights[name] = weights[f"heads.{len(source.heads) - 1}.{part}"]
     network.load_state_dict({name: weights[name] for name in network.state_dict()})
     return network
 
 
 def prepare(network, args, device):
-    """Move a network to the device, in the layout and the precision that are fast there."""
+    """Move a network to the device, in the memory layout and the precision that are fast there."""
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    network.amp = args.amp == "on" or (args.amp == "auto" and has_bf16)
+    network.bf16 = args.amp == "on" or (args.amp == "auto" and has_bf16)
     return network.to(device, memory_format=torch.channels_last)
 
 
-def compile_networks(networks, args, device):
+def compile_network(network, args, device):
     """torch.compile in place, which leaves the names of the weights as they are."""
     if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):
-        common.check_compiler(device)
-        torch._dynamo.config.recompile_limit = 64  # networks, batch sizes and numbers of heads share forward
-        for network in networks:
-            network.compile(dynamic=False)
+        torch._dynamo.config.cache_size_limit = 64  # networks, batch sizes and heads share one forward()
+        torch._inductor.config.force_layout_optimization = True  # concatenations would end channels_last
+        network.compile(dynamic=False)
 
 
 # -------------------------------------------------------------------------------------------------- training
 
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 LOG_EVERY = 100  # iterations to a row of metrics.csv
-SPEAK_EVERY = 30  # seconds, at least, between lines on the progress where there is no terminal
+
+common.SILENT = RANK > 0  # progress is shown by rank 0
+
+
+def say(text):
+    if RANK == 0:
+        tqdm.write(text)  # above a progress bar
+        sys.stdout.flush()
+
+
+def start(name):
+    """Join the other ranks, if there are any; return this rank's device: `name`, or a GPU if there is one."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if WORLD > 1 and name.startswith("cuda:"):
+        raise InputError(f"--device {name} is one GPU for all ranks; --device cuda gives each its own")
+    try:
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # all batches have one shape: look for the fastest kernels once
+    torch.set_float32_matmul_precision("high")  # TF32 where float32 is left
+    if WORLD > 1:  # with hours for rank 0 to read the data: when a rank fails, torchrun ends the others
+        backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backends, timeout=timedelta(hours=12))
+    return device
+
+
+def all_reduce(tensor):
+    """Sum a tensor over the ranks, in place, and return it."""
+    if WORLD > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+@contextmanager
+def rank_zero_first():
+    """Rank 0 runs the block before the others, which then find what it has fetched."""
+    if RANK > 0:
+        all_reduce(torch.zeros(1))
+    try:
+        yield
+    finally:
+        if RANK == 0:
+            all_reduce(torch.zeros(1))
+
+
+@contextmanager
+def noting_signals():
+    """Yields a list to which Ctrl-C, SIGTERM and SIGHUP add their numbers; a second Ctrl-C interrupts."""
+    noted, before = [], {}
+
+    def note(number, frame):
+        noted.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP, nohup ignores it
+        if number and signal.getsignal(number) != signal.SIG_IGN:
+            before[number] = signal.signal(number, note)
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def lock(run):
+    """Make the run folder. While the returned file is open, no other training can start there."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        file = open(run / ".lock", "w")
+    except OSError as error:
+        raise InputError(f"--run-dir {run} cannot be written ({error})") from error
+    try:
+        import fcntl  # which Windows has not
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"another process trains in {run}; several that share one training are started with "
+                         "torchrun, and --model looks at what it has saved") from None
+    except (ImportError, OSError):  # some network file systems have no locks
+        pass
+    return file
+
+
+# What random draws are for: with a seed, an iteration and a rank these numbers make the key of a generator
+SAMPLES, BATCH, NOISE, DROPOUT, PAIRS, PAIR_BATCH, PAIR_DROPOUT = range(1, 8)
+
+
+def generator(device, *key):
+    """A generator whose draws depend on the integers in `key` alone, so that resuming needs no state."""
+    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
 def normal(n, device, *key):
-    """Standard normal noise [n, C, H, W], a function of `key` alone."""
-    return torch.randn(n, *IMAGE, device=device, generator=common.generator(device, *key))
+    """Standard normal noise [n, C, H, W] that depends on `key` alone."""
+    return torch.randn(n, *IMAGE, device=device, generator=generator(device, *key))
 
 
 class CatchUp(nn.Module):
-    """The training loss as a module of what it trains: the network and, for learned coupling, the encoder."""
+    """The training, as a module of what it trains: the network and, for learned coupling, an encoder.
 
-    columns = "loss catchup truth kl loss_t_0_25 loss_t_25_50 loss_t_50_75 loss_t_75_100".split()
+    To change the loss, edit catch_up_loss() or, where its terms are weighed, forward(). To log a term of your
+    own, add its name to `columns` and its mean to the list that forward() returns, in the same place. A new
+    flag that changes the training belongs into DEFINES, so that a run cannot go on with another value.
+    """
 
-    def __init__(self, network, encoder, target, args, teacher=None):
+    name, model = "", "model.pt"  # what the names of its files begin with; the file of its weights
+    columns = ("loss", "catchup", "truth", "kl")
+    average = None  # the first head of the network's EMA, which fit() sets
+
+    def __init__(self, args, device, data):
         super().__init__()
-        self.network, self.encoder, self.args = network, encoder, args
-        self.target, self.teacher = target, teacher  # velocities
+        self.args, self.device, self.data, self.images = args, device, data, data.images.to(device)
+        self.iterations, self.warmup = args.iterations, min(args.warmup, args.iterations // 10)
+        self.uses_average = args.target != "online"
+        self.definition = {name: getattr(args, name) for name in DEFINES} | {"data": data.sha256[:12]}
+        if args.loss_ramp:
+            self.definition["iterations"] = args.iterations
+        source = encoder = self.teacher = None
+        file, checkpoint, begun = args.teacher or args.init, Path(args.run_dir) / "checkpoint.pt", 0
+        if checkpoint.exists():
+            with common.reading(checkpoint, "move it away to train anew"):
+                begun = torch.load(checkpoint, "cpu", mmap=True, weights_only=True)["iteration"]
+        shape = dict(image=IMAGE, multipliers=args.multipliers, attention=args.attention,
+                     dropout=args.dropout)
+        torch.manual_seed(args.seed)
+        try:
+            if (args.init and not begun) or (args.teacher and begun < args.iterations):  # else not needed
+                self.definition["teacher" if args.teacher else "init"] = common.sha256(file)
+                source = load_model(file)
+                network = begin_from(source, max(1, args.rk_order), args.dropout)
+            else:
+                network = UNet(**shape, channels=args.channels, blocks=args.blocks,
+                               heads=max(1, args.rk_order), skip_phi=args.skip_phi)
+            if args.coupling == "learned":
+                encoder = UNet(**shape, channels=min(32, args.channels), blocks=min(2, args.blocks),
+                               skip_phi=0.5, c_out=2 * IMAGE[0])
+            network.choose(args.head)
+        except ValueError as error:
+            raise InputError(f"--channels, --multipliers, --attention or --head: {error}") from error
+        self.network, self.encoder = network, encoder
+        if args.teacher and source is not None:
+            self.teacher = source.first_head  # a method; a module would be trained and saved with this one
+        for part in filter(None, (network, encoder, source)):
+            compile_network(prepare(part, args, device), args, device)
 
-    def forward(self, x, noise, t, h, done):
-        """x, noise [B, C, H, W]; t, h [B]; done i/I. Mean loss; sums and counts [2, columns] to log."""
+    def draw(self, i):
+        """This rank's part of batch i, which is drawn with replacement; a function of --seed and i alone."""
+        args, n = self.args, self.args.batch_size
+        own = slice(RANK * n // WORLD, (RANK + 1) * n // WORLD)
+        options = dict(size=(n,), device=self.device, generator=generator(self.device, args.seed, BATCH, i))
+        index = torch.randint(len(self.images), **options)
+        noise = normal(n, self.device, args.seed, NOISE, i)
+        t, r = EPS + (1 - EPS) * torch.rand(**options), torch.rand(**options)
+        h = step_size(args.step_rule, t, args.intervals, r)
+        torch.manual_seed(generator("cpu", args.seed, DROPOUT, i, RANK).initial_seed())
+        x = common.to_float(self.images[index[own]])
+        return x, noise[own], t[own], h[own], i / args.iterations
+
+    def forward(self, x, noise, t, h, share):
+        """x, noise [B, C, H, W]; t, h [B]; share = i/I. The loss, and the means to log."""
         args, z, kl = self.args, noise, torch.zeros_like(t)
-        if self.encoder is not None:  # learned coupling (arXiv 2301.12003), which is told t = 1
+        if self.encoder is not None:  # learned coupling (arXiv 2301.12003); the encoder is told t = 1
             mu, log_var = self.encoder(x, torch.ones_like(t))[0].chunk(2, 1)
             z = mu + (log_var / 2).exp() * noise
             kl = (mu.square() + log_var.exp() - 1 - log_var).flatten(1).mean(1) / 2
-        if self.teacher:
-            catchup = distillation_loss(self.network, self.teacher, self.target, x, z, t, h, args.target)
+        if self.teacher is not None:
+            catchup = distillation_loss(self.network, self.teacher, self.average, x, z, t, h, args.target)
             truth = torch.zeros_like(t)
         else:
-            catchup, truth = catch_up_loss(self.network, x, z, t, h, args.rk_order, args.rk_points,
-                                           self.network.velocity, self.target)
-        w_1, w_2 = (2 * done, 2 * (1 - done)) if args.loss_ramp else (1, 1)
-        loss = w_1 * catchup + w_2 * truth + args.kl_weight * kl
-        with torch.no_grad():
-            quarters = F.one_hot((4 * t).long().clamp(max=3), 4).to(t.dtype)  # [B, 4]
-            sums = torch.cat([torch.stack([loss, catchup, truth, kl]).sum(1), loss @ quarters])
-            counts = torch.cat([torch.full_like(sums[:4], len(t)), quarters.sum(0)])
-        return loss.mean(), torch.stack([sums, counts])
+            catchup, truth = catch_up_loss(self.network, x, z, t, h, args.rk_order, self.network.first_head,
+                                           self.average if self.uses_average else None)
+        w_1, w_2 = (2 * share, 2 * (1 - share)) if args.loss_ramp else (1, 1)
+        loss = (w_1 * catchup + w_2 * truth + args.kl_weight * kl).mean()
+        return loss, [loss, catchup.mean(), truth.mean(), kl.mean()]
+
+    def picture(self, average):
+        """Samples to look at, uint8 [64, C, H, W]."""
+        return sample(average, 64, self.args.solver, self.args.steps[-1], self.args, self.device)[0]
 
 
-@dataclass
-class Stage:
-    """A training as fit() sees it: the main one, or the one-step stage after it."""
-
-    name: str  # "" or "one_step_": begins the names of its files
-    loss: nn.Module  # loss(*draw(i)): the mean loss, and what to log of it; loss.network learns
-    ema: nn.Module  # the running average of loss.network, which samples
-    networks: list  # to compile
-    draw: Callable  # i -> this rank's batch of iteration i, from (seed, i) alone: resuming needs no state
-    iterations: int
-    warmup: int  # iterations in which the learning rate rises
-    definition: dict  # flags, by name, on which a checkpoint must agree
-    pictures: Callable  # network -> uint8 [n, C, H, W] to look at
-    evaluate: Callable | None = None  # network -> None, for --evaluate-every
-
-
-class Training:
-    """A stage under way: what continues it, and what it tells."""
-
-    def __init__(self, stage, args, device):
-        self.stage, self.args, self.device = stage, args, device
-        self.run, self.name = Path(args.run_dir), stage.name.rstrip("_") or "model"
-        self.checkpoint = self.run / f"{stage.name}checkpoint.pt"
-        self.previous = self.run / f"{stage.name}checkpoint_previous.pt"
-        self.model = self.run / f"{self.name}.pt"
-        self.table = self.run / f"{stage.name}metrics.csv"
-        self.trained = list(stage.loss.parameters())
-        self.optimizer = torch.optim.Adam(self.trained, args.lr, fused=device.type in ("cpu", "cuda"))
-        self.parts = {"module": stage.loss, "ema": stage.ema, "optimizer": self.optimizer}
-        self.totals = torch.zeros(2, len(stage.loss.columns), device=device)  # sums, counts for the next row
-        self.never = torch.iinfo(torch.int64).max
-        self.first_bad = torch.full((), self.never, device=device)  # first iteration with a non-finite loss
-        found = [path for path in (self.checkpoint, self.previous) if path.exists()]
-        self.start, token = self.resume(found[0]) if found else (0, 0)
-        common.refuse_other_checkpoints(self.run, self.start, token)
-        stage.ema.source, stage.ema.images_seen = self.model, self.start * args.batch_size
-        if not self.start and self.model.exists():
-            raise InputError(f"{self.model} has no {self.checkpoint.name} to continue from: --model "
-                             f"{self.model} evaluates it, another --run-dir trains anew")
-
-    def resume(self, path):
-        """Load a checkpoint: its iteration, and the number that tells it from others."""
-        remedy = "move it away to start anew"
-        if path == self.checkpoint and self.previous.exists():
-            remedy = f"move it away to go on from {self.previous.name}"
-        saved = common.load_pt(path, [*self.parts, "iteration", "token", "totals", "definition"], remedy)
+def resume(stage, average, optimizer, run):
+    """Load a stage's checkpoint, if there is one. Returns its iteration and the rows of its log."""
+    path, remedy, first, rows = run / f"{stage.name}checkpoint.pt", "move it away to train anew", 0, []
+    if path.exists():
+        saved = common.load_pt(path, ["module", "average", "optimizer", "iteration", "warmup", "rows",
+                                      "definition"], remedy)
+        first, rows, moments = saved["iteration"], saved["rows"], saved["optimizer"]["state"]
+        if first > stage.iterations:
+            raise InputError(f"{path} is at iteration {first}, past the {stage.iterations} asked for")
+        if first < stage.iterations:  # a finished run may be judged against other images
+            refuse_differences(path, saved["definition"], stage.definition)
         with common.reading(path, remedy):
-            iteration, token = (common.restore(0, saved[key], key) for key in ("iteration", "token"))
-            now = dict(self.stage.definition)
-            if iteration == self.stage.iterations:
-                now.pop("data", None)  # other images may judge a finished run
-            common.refuse_differences(path, common.plain(saved["definition"]), now)
-            if not 0 <= token < 2**32:
-                raise ValueError("its token")
-            if not 0 < iteration <= self.stage.iterations:
-                raise InputError(f"{path} is at iteration {iteration}, past --iterations "
-                                 f"{self.stage.iterations}")
-            common.restore_optimizer(self.optimizer, saved["optimizer"])  # first: it makes a step
-            for key in ("module", "ema"):
-                common.restore(self.parts[key].state_dict(), saved[key], key)
-            self.totals += common.restore(torch.zeros_like(self.totals), saved["totals"], "totals")
-        common.state.kept = f"{path} keeps iteration {iteration}"
-        return iteration, token
+            stage.load_state_dict(saved["module"])
+            average.load_state_dict(saved["average"])
+            for parameter, state in zip(stage.parameters(), moments.values()):
+                for key in ("exp_avg", "exp_avg_sq"):  # fused Adam trusts that they lie as the parameter does
+                    state[key] = torch.zeros_like(parameter).copy_(state[key])
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+        stage.warmup, stage.definition = saved["warmup"], saved["definition"]
+    elif (run / stage.model).exists():
+        raise InputError(f"{run / stage.model} has no {path.name} to go on from; --model evaluates it, "
+                         "another --run-dir trains anew")
+    if all_reduce(torch.tensor(first)) != WORLD * first:
+        raise InputError(f"the ranks find different checkpoints in {run}; all nodes must see one folder")
+    return first, rows
 
-    def begin(self):
-        """Say what comes, compile, and let the ranks share the gradients."""
-        args, stage = self.args, self.stage
-        one = [part[:1] if torch.is_tensor(part) else part for part in stage.draw(self.start)]
-        with FlopCounterMode(display=False) as counter:  # before compilation, which hides the operations
-            stage.loss(*one)[0].backward()
-        self.optimizer.zero_grad()
-        self.flops = counter.get_total_flops()  # an image
-        common.say(f"{self.name} training, iterations {self.start} to {stage.iterations}: "
-                   f"{self.flops * args.batch_size / 1e9:,.1f} GFLOP each; "
-                   f"{sum(p.numel() for p in stage.loss.network.parameters()):,} network parameters, "
-                   f"{sum(p.numel() for p in self.trained):,} trained in all")
-        compile_networks(stage.networks, args, self.device)
-        self.step = stage.loss
-        if world() > 1:
-            self.step = nn.parallel.DistributedDataParallel(self.step, gradient_as_bucket_view=True)
-        self.averaged, self.current = list(stage.ema.parameters()), list(stage.loss.network.parameters())
-        columns = ["iteration", "images", *stage.loss.columns, "lr", "grad_norm", "images_per_s",
-                   "model_tflop_per_s"]
-        common.start_table(self.table, columns, self.start)
-        common.save_json({"args": args.config, **common.versions(self.device)}, self.run / "config.json")
-        self.since = self.began = self.spoke = time.time()
-        self.images = 0  # since the last row
 
-    def update(self, i):
-        """One iteration: gradients in --accumulate parts, Adam, the running average."""
-        args = self.args
-        for group in self.optimizer.param_groups:
-            group["lr"] = args.lr * min(1, (i + 1) / max(1, self.stage.warmup))
-        batch = [part.chunk(args.accumulate) if torch.is_tensor(part) else [part] * args.accumulate
-                 for part in self.stage.draw(i)]
-        self.optimizer.zero_grad()
-        for j, part in enumerate(zip(*batch), 1):
-            with self.step.no_sync() if world() > 1 and j < args.accumulate else nullcontext():
-                loss, log = self.step(*part)
-                (loss / args.accumulate).backward()
-            self.totals += log
-            self.first_bad = torch.where(loss.isfinite(), self.first_bad, self.first_bad.clamp(max=i + 1))
-        self.optimizer.step()
-        decay = min(args.ema_decay, (1 + i) / (10 + i)) if i else 0.0  # the first weights are taken whole
-        get_ema_multi_avg_fn(decay)(self.averaged, self.current, None)
-        self.images += args.batch_size
+def save_model(average, path, images_seen):
+    """Save the weights of the EMA for load_model(). No rank goes on before rank 0 has saved them."""
+    if RANK == 0:
+        common.save_pt(dict(model=average.state_dict(), args=average.config, images_seen=images_seen), path)
+    average.source, average.images_seen = path, images_seen
+    all_reduce(torch.zeros(1))
 
-    def check(self, done):
-        """InputError where a loss or a weight is not finite: nothing is saved over the last checkpoint."""
-        if not math.isfinite(float(nn.utils.get_total_norm([*self.trained, *self.averaged]))):
-            self.first_bad.clamp_(max=done)
-        bad = int(all_reduce(self.first_bad.clone(), dist.ReduceOp.MIN))
-        if bad < self.never:
-            other = common.command(self.args, lr=self.args.lr / 2, run_dir=f"{self.run}-lower-lr")
-            raise InputError(f"loss or weights are not finite at iteration {bad} of {self.name} training; "
-                             f"{common.state.kept}. Another learning rate is another run: {other}")
 
-    def log(self, done, bar):
-        """A row of metrics.csv; its loss and speed beside the bar or, where none is shown, as a line."""
-        sums, counts = all_reduce(self.totals).tolist()
-        means = [f"{s / c:.6g}" if c else "" for s, c in zip(sums, counts)]
-        norm = float(nn.utils.get_total_norm([p.grad for p in self.trained]))
-        speed = self.images / (time.time() - self.since)
-        common.add_row(self.table, [
-            done, done * self.args.batch_size, *means, self.optimizer.param_groups[0]["lr"], f"{norm:.6g}",
-            f"{speed:.1f}", f"{speed * self.flops / 1e12:.4g}"])
-        bar.set_postfix(loss=means[0], images_per_s=f"{speed:.0f}")
-        left = common.duration((self.stage.iterations - done) * self.args.batch_size / speed)
-        if bar.disable and time.time() > self.spoke + SPEAK_EVERY:
-            common.say(f"iteration {done:,}: loss {means[0]}, {speed:.0f} images/s, {left} left")
-            self.spoke = time.time()
-        self.totals.zero_()
-        self.since, self.images = time.time(), 0
+def save_log(stage, rows, run):
+    """Write the rows of a log as metrics.csv, and draw what is above 0 in its columns as metrics.svg."""
+    table = [list(rows[-1])] + [[row.get(name, "") for name in rows[-1]] for row in rows]
+    text = "".join(",".join(map(str, cells)) + "\n" for cells in table)
+    common.save(lambda file: file.write(text.encode()), run / f"{stage.name}metrics.csv")
+    lines = {}
+    for name in stage.columns:
+        if line := [(row["images"], row[name]) for row in rows if row.get(name, 0) > 0]:
+            lines[name] = line
+    chart = common.line_chart(lines, "images seen", "mean")
+    common.save(lambda file: file.write(chart.encode()), run / f"{stage.name}metrics.svg")
 
-    def estimate(self, done):
-        """On a CPU, after twenty iterations: how long it will take."""
-        if done == self.start + 1:
-            self.began = time.time()  # the first one compiles
-        elif done == self.start + 21 and self.device.type == "cpu":
-            left = (time.time() - self.began) / 20 * (self.stage.iterations - done)
-            common.say(f"at this speed {common.duration(left)} remain to the last iteration"
-                       + "; a GPU is meant for this, or --quick" * (left > 86_400))
 
-    def save_model(self, path, done):
-        """The average's weights, for load_model."""
-        ema, seen = self.stage.ema, done * self.args.batch_size
-        common.save_pt({"model": ema.state_dict(), "args": ema.config, "images_seen": seen}, path)
-        ema.source, ema.images_seen = path, seen
-        all_reduce(torch.zeros(1))  # no rank goes on, or ends, before rank 0 has saved
+def log_row(stage, args, lr, log, done, seconds):
+    """A row of the log: means over the iterations since the last row; grad_norm is of the last iteration.
 
-    def save(self, done):
-        """The checkpoint for continuing, metrics.svg for looking, the weights for sampling."""
-        state = {key: part.state_dict() for key, part in self.parts.items()}
-        token = int.from_bytes(os.urandom(4), "big")
-        common.save_pt(state | dict(iteration=done, token=token, definition=self.stage.definition,
-                                    totals=all_reduce(self.totals.clone()) / world()),
-                       self.checkpoint, self.previous)
-        common.state.kept = f"{self.checkpoint} keeps iteration {done}"
-        common.chart_table(self.table, self.stage.loss.columns, self.table.with_suffix(".svg"))
-        self.save_model(self.model, done)
-
-    def grid(self, done):
-        """The sample grid of an iteration."""
-        path = self.run / f"{self.stage.name}samples_{done:06}.png"
-        try:
-            common.save_grid(self.stage.pictures(self.stage.ema), path)
-        except FloatingPointError as error:  # the training goes on without
-            common.say(str(error))
-
-    def complete(self):
-        """Make what a kill after the checkpoint left out, or somebody has deleted since."""
-        wanted = (self.model, self.run / f"{self.stage.name}samples_{self.start:06}.png")
-        missing = torch.tensor([int(not path.exists()) for path in wanted])
-        no_model, no_grid = all_reduce(missing).tolist()
-        if no_model:
-            self.save_model(self.model, self.start)
-        if no_grid:
-            self.grid(self.start)
+    log: what forward() returned for each part of these iterations. InputError if something is not finite.
+    """
+    means = (all_reduce(torch.stack(log).mean(0)) / WORLD).tolist()
+    gradient = torch.stack([p.grad.norm() for p in stage.parameters()]).norm().item()
+    weights = torch.stack([p.norm() for p in stage.parameters()]).norm().item()
+    if not math.isfinite(sum(means) + weights):
+        raise InputError(f"the loss or a weight is not finite at iteration {done}; the last checkpoint is "
+                         "whole. Try a lower --lr in another --run-dir")
+    speed = len(log) / args.accumulate * args.batch_size / seconds
+    values = dict(zip(stage.columns, means)) | {"lr": lr, "grad_norm": gradient, "images_per_s": speed}
+    return {"iteration": done, "images": done * args.batch_size} | {
+        name: float(f"{value:.6g}") for name, value in values.items()}
 
 
 def fit(stage, args, device):
-    """Train a stage to its last iteration, from its checkpoint where there is one."""
-    training = Training(stage, args, device)
-    if training.start == stage.iterations:
-        compile_networks([stage.ema], args, device)
-        return training.complete()
-    advice = f"--model {training.model} evaluates what it has saved"
-    with common.locked(args.run_dir, advice), common.signals() as stop:
-        training.begin()
-        if training.start:
-            training.complete()
-        todo = range(training.start, stage.iterations)
-        bar = progress(todo, "training", initial=training.start, total=stage.iterations)
-        for i in bar:
-            training.update(i)
-            done, last = i + 1, i + 1 == stage.iterations
-            stopping = int(all_reduce(torch.tensor(stop.number), dist.ReduceOp.MAX))  # on the CPU: no wait
-            logging = last or done % LOG_EVERY == 0
-            evaluating = stage.evaluate and args.evaluate_every and done % args.evaluate_every == 0
-            saving = stopping or last or evaluating or done % args.checkpoint_every == 0
-            training.estimate(done)
-            if logging or saving:
-                training.check(done)
-            if logging:
-                training.log(done, bar)
+    """Train a stage from its checkpoint, or the start, to its last iteration. Returns its network's EMA.
+
+    It writes to --run-dir: config.json; checkpoint.pt, all that it needs to go on; the weights of the EMA;
+    the log, metrics.csv and .svg; and a grid of samples with each checkpoint.
+    """
+    run = Path(args.run_dir)
+    average = copy.deepcopy(stage.network).eval().requires_grad_(False)
+    stage.average = average.first_head  # a method; a module would be trained and saved with the stage
+    averaged, current = list(average.parameters()), list(stage.network.parameters())
+    optimizer = torch.optim.Adam(stage.parameters(), args.lr, fused=device.type in ("cpu", "cuda"))
+    first, rows = resume(stage, average, optimizer, run)
+    if first:  # a kill may have come between the checkpoint and the weights
+        save_model(average, run / stage.model, first * args.batch_size)
+    if first == stage.iterations:
+        return average
+    if stage.data is not None and args.fid_samples:
+        check_distance(args, device, stage.data)
+    if stage.uses_average:
+        compile_network(average, args, device)
+    step = stage if WORLD == 1 else nn.parallel.DistributedDataParallel(stage, gradient_as_bucket_view=True)
+    say(f"training {stage.model} in {run}: {sum(p.numel() for p in current):,} parameters, iterations "
+        f"{first:,} to {stage.iterations:,} of {args.batch_size} images")
+    log, shown, since = [], {}, time.time()
+    with lock(run) if RANK == 0 else nullcontext(), noting_signals() as signals:
+        if RANK == 0:
+            save_config(args, device)
+        for i in progress(range(first, stage.iterations), "training", first, shown):
+            lr = args.lr * min(1, (i + 1) / max(1, stage.warmup))
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            batch = [part.chunk(args.accumulate) if torch.is_tensor(part) else [part] * args.accumulate
+                     for part in stage.draw(i)]
+            optimizer.zero_grad()
+            for j, part in enumerate(zip(*batch), 1):
+                with step.no_sync() if WORLD > 1 and j < args.accumulate else nullcontext():
+                    loss, means = step(*part)
+                    (loss / args.accumulate).backward()
+                log.append(torch.stack(means).detach())
+            optimizer.step()
+            decay = min(args.ema_decay, (1 + i) / (10 + i)) if i else 0.0  # the first weights are taken whole
+            get_ema_multi_avg_fn(decay)(averaged, current, None)
+
+            done, stopping = i + 1, len(signals) > 0
+            if WORLD > 1:  # a signal may have reached one rank alone
+                stopping = done % 10 == 0 and all_reduce(torch.tensor(len(signals))).item() > 0
+            evaluating = stage.data is not None and args.evaluate_every and done % args.evaluate_every == 0
+            saving = stopping or evaluating or done % args.checkpoint_every == 0 or done == stage.iterations
+            if saving or done % LOG_EVERY == 0:
+                rows.append(log_row(stage, args, lr, log, done, time.time() - since))
+                shown.update({name: rows[-1][name] for name in ("loss", "images_per_s")})
+                if RANK == 0:
+                    save_log(stage, rows, run)
+                log, since = [], time.time()
             if saving:
-                began = time.time()
-                training.save(done)
+                if RANK == 0:
+                    common.save_pt(dict(module=stage.state_dict(), average=average.state_dict(),
+                                        optimizer=optimizer.state_dict(), iteration=done, warmup=stage.warmup,
+                                        rows=rows, definition=stage.definition),
+                                   run / f"{stage.name}checkpoint.pt")
+                save_model(average, run / stage.model, done * args.batch_size)
                 if stopping:
-                    raise SystemExit(128 + stopping)
-                stop.at_once = True  # what follows can be done again
-                training.grid(done)
-                if evaluating and not last:
-                    training.save_model(training.run / f"model_{done:07}.pt", done)
-                    stage.evaluate(stage.ema)
-                stop.at_once = False
-                training.since += time.time() - began  # a row's speed is that of training alone
-
-
-def train(args, device, data):
-    """The main training; returns the average of the network."""
-    torch.manual_seed(args.seed)
-    shape = dict(image=IMAGE, multipliers=args.multipliers, attention=args.attention, dropout=args.dropout)
-    heads, known = max(1, args.rk_order), {"data": data.sha256[:12]}
-    if file := args.teacher or args.init:
-        source = load_model(file)
-        network = begin_from(source, heads, args.dropout)
-        known["teacher" if args.teacher else "init"] = common.sha256(file)[:12]
-    else:
-        network = UNet(**shape, channels=args.channels, blocks=args.blocks, heads=heads,
-                       skip_phi=args.skip_phi)
-    network = prepare(network, args, device)
-    network.choose(args.head)
-    teacher = prepare(source, args, device) if args.teacher else None
-    encoder = None
-    if args.coupling == "learned":
-        encoder = prepare(UNet(**shape, channels=min(32, args.channels), blocks=min(2, args.blocks),
-                               skip_phi=0.5, c_out=2 * IMAGE[0]), args, device)
-    ema = copy.deepcopy(network).eval().requires_grad_(False)
-    target = None if args.target == "online" else ema.velocity
-    images = data.images.to(device)
-    own = slice(rank() * args.batch_size // world(), (rank() + 1) * args.batch_size // world())
-
-    def draw(i):
-        """This rank's part of batch i, which is drawn with replacement."""
-        draws = common.generator(device, args.seed, 2, i)
-        options = dict(size=(args.batch_size,), device=device, generator=draws)
-        index, noise = torch.randint(len(images), **options), normal(args.batch_size, device, args.seed, 3, i)
-        t, uniform = EPS + (1 - EPS) * torch.rand(**options), torch.rand(**options)
-        h = step_size(args.step_rule, t, args.intervals, uniform)
-        torch.manual_seed(common.seed_of(args.seed, 4, i, rank()))  # dropout
-        x = common.to_float(images[index[own]])
-        return x, noise[own], t[own], h[own], i / args.iterations
-
-    def pictures(network):
-        return sample(network, 64, args.solver, args.steps[-1], args, device).images
-
-    def judge(network):
-        try:
-            evaluate(args, device, data, {"model": network})
-        except (InputError, FloatingPointError) as error:  # the training goes on without
-            common.say(str(error))
-
-    loss = CatchUp(network, encoder, target, args, teacher and teacher.velocity)
-    stage = Stage(name="", loss=loss, ema=ema,
-                  networks=[part for part in (network, encoder, ema, teacher) if part], draw=draw,
-                  iterations=args.iterations, warmup=min(args.warmup, args.iterations // 10),
-                  definition=args.definition | known, pictures=pictures, evaluate=judge)
-    fit(stage, args, device)
-    return ema
+                    say(f"stopped; {run} keeps iteration {done}, and the same command goes on from there")
+                    raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
+                try:
+                    grid = stage.picture(average)
+                    if RANK == 0:
+                        common.save_grid(grid, run / f"{stage.name}samples_{done:06}.png")
+                    if evaluating and done < stage.iterations:
+                        save_model(average, run / f"model_{done:07}.pt", done * args.batch_size)
+                        evaluate({"model": average}, args, device, stage.data)
+                except InputError as error:
+                    say(f"the training goes on without a picture or a distance: {error}")
+                since = time.time()
+    return average
 
 
 # -------------------------------------------------------------------------------------------- one-step stage
 
 
 class OneStep(nn.Module):
-    """The additional training's loss: one step, z - v_1(z, 1), learns what many steps make of the noise z."""
+    """The additional training, as a module of what it trains: a student that needs one step, z - v_1(z, 1).
 
+    loss = |z - v_1(z, 1) - target|^2 + 0.1 |v_1(z, 1) - v_ema(z, 1)|^2, the weight being the released one. It
+    has three parts of --one-step-iterations, one for each of the targets that one_step_pairs() makes.
+    """
+
+    name, model = "one_step_", "one_step.pt"
     columns = ("loss", "target", "ema")
+    average = None  # v_ema, which fit() sets
 
-    def __init__(self, network, slow):
+    def __init__(self, args, device, teacher):
         super().__init__()
-        self.network, self.slow = network, slow  # slow: the velocity of the network's EMA
+        self.args, self.device, self.data = args, device, None
+        self.iterations, self.warmup, self.uses_average = 3 * args.one_step_iterations, 0, True
+        self.definition = {name: getattr(args, name)
+                           for name in (*DEFINES, "iterations", "one_step_iterations", "one_step_pairs")}
+        self.network = prepare(begin_from(teacher, heads=1, dropout=args.dropout), args, device)
+        for part in (self.network, teacher):
+            compile_network(part, args, device)
+        self.teacher, self.pairs = teacher.first_head, None  # a method; see CatchUp
+
+    def draw(self, i):
+        """This rank's noise and targets of iteration i."""
+        if self.pairs is None:  # a finished student needs none
+            self.pairs = one_step_pairs(self.args, self.teacher, self.device)
+        args, (noise, targets) = self.args, self.pairs
+        index = torch.randint(len(noise), (args.batch_size // WORLD,), device=self.device,
+                              generator=generator(self.device, args.seed, PAIR_BATCH, i, RANK))
+        torch.manual_seed(generator("cpu", args.seed, PAIR_DROPOUT, i, RANK).initial_seed())
+        return noise[index], targets[index, i // args.one_step_iterations].float()
 
     def forward(self, z, target):
-        """z, target [B, C, H, W]. The mean loss; sums and counts [2, columns] to log."""
+        """z, target [B, C, H, W]. The loss, and the means to log."""
         ones = z.new_ones(len(z))
-        v = self.network.velocity(z, ones)
-        parts = [F.mse_loss(z - v, target), F.mse_loss(v, self.slow(z, ones).detach())]
-        loss = parts[0] + 0.1 * parts[1]
-        return loss, torch.stack([torch.stack([loss, *parts]).detach(), z.new_ones(3)])
+        v = self.network.first_head(z, ones)
+        to_target, to_average = F.mse_loss(z - v, target), F.mse_loss(v, self.average(z, ones).detach())
+        loss = to_target + 0.1 * to_average
+        return loss, [loss, to_target, to_average]
+
+    def picture(self, average):
+        """Samples to look at, uint8 [64, C, H, W]."""
+        return sample(average, 64, "euler", 1, self.args, self.device)[0]
 
 
 @torch.no_grad()
-def one_step_pairs(args, teacher, device):
-    """Noise [n, C, H, W], and x0_hat at the 9th, 12th and 15th of 16 Euler steps, float16 [n, 3, C, H, W]."""
-    noise, targets, n = [], [], ceil_div(args.one_step_pairs, world())  # each rank makes and keeps its own
-    for i in progress(range(ceil_div(n, SAMPLE_BATCH)), "one-step targets"):
-        path = []
-        noise.append(normal(min(n, SAMPLE_BATCH), device, args.seed, 5, rank(), i))
-        common.euler(teacher.velocity, noise[-1], 16, trajectory=path)  # v_1, which the student has
-        x0_hats = [x - t * v for t, x, v in (path[8], path[11], path[14])]
-        targets.append(torch.stack(x0_hats, 1).half())
+def one_step_pairs(args, velocity, device):
+    """Noise [n, C, H, W], and x0_hat = x_t - t v at the 9th, 12th and 15th of 16 Euler steps from it, float16
+    [n, 3, C, H, W]. Each rank makes and keeps its own n."""
+    noise, targets, n = [], [], math.ceil(args.one_step_pairs / WORLD)
+    for i in progress(range(math.ceil(n / SAMPLE_BATCH)), "one-step targets"):
+        noise.append(normal(min(n, SAMPLE_BATCH), device, args.seed, PAIRS, RANK, i))
+        path = common.Watched(velocity)
+        common.euler(path, noise[-1], 16)
+        targets.append(torch.stack([path.x0_hats[j] for j in (8, 11, 14)], 1).half())
     return torch.cat(noise)[:n], torch.cat(targets)[:n]
-
-
-def train_one_step(args, device, teacher):
-    """The additional training in three stages, one for each target; returns the average of the student."""
-    student = prepare(begin_from(teacher, heads=1, dropout=args.dropout), args, device)
-    ema = copy.deepcopy(student).eval().requires_grad_(False)
-    pairs = []
-
-    def draw(i):
-        if not pairs:  # made when first asked for: a finished student needs none
-            pairs.extend(one_step_pairs(args, teacher, device))
-        index = torch.randint(len(pairs[0]), (args.batch_size // world(),), device=device,
-                              generator=common.generator(device, args.seed, 6, i, rank()))
-        torch.manual_seed(common.seed_of(args.seed, 7, i, rank()))  # dropout
-        return pairs[0][index], pairs[1][index, i // args.one_step_iterations].float()
-
-    def pictures(network):
-        return sample(network, 64, "euler", 1, args, device).images
-
-    more = {key: getattr(args, key) for key in ("iterations", "one_step_iterations", "one_step_pairs")}
-    stage = Stage(name="one_step_", loss=OneStep(student, ema.velocity), ema=ema,
-                  networks=[student, ema], draw=draw, iterations=3 * args.one_step_iterations, warmup=0,
-                  definition=args.definition | more, pictures=pictures)
-    fit(stage, args, device)
-    return ema
 
 
 # ----------------------------------------------------------------------------------- sampling and evaluation
@@ -720,32 +714,30 @@ def train_one_step(args, device, teacher):
 SAMPLE_BATCH = 500  # images; noise is drawn by the batch, so samples do not depend on the number of ranks
 FEATURES = {"inception": 2048, "classifier": 224}  # dimensions
 CLASSIFIER_BATCHES = 400  # that a classifier of the data is trained on
-CACHE = Path("data/cache")  # reference statistics and classifiers, named by the images they come from
-
-
-class Samples(NamedTuple):
-    images: torch.Tensor  # uint8 [n, C, H, W]
-    nfe: float  # network evaluations an image; the mean over batches, which dopri5 treats differently
-    straightness: float  # mean squared deviation of v from x_1 - x_0 along the paths; 0: they are straight
-    x0_hats: torch.Tensor  # uint8 [points + 1, 8, C, H, W]: where each point of some samples' paths leads
+CACHE = Path("data/cache")  # classifiers and statistics of real images, named by the images they come from
 
 
 @torch.no_grad()
 def sample(network, n, solver, steps, args, device):
-    """Integrate n draws of N(0, I) from t = 1 to t = 0, each rank its share of the batches: Samples."""
+    """Draw n samples, each rank its share of the batches. steps: NFE; dopri5 goes by --tolerance instead.
+
+    Returns all of them, uint8 [n, C, H, W]; their mean NFE and straightness; and how eight of them came
+    about, uint8 [points, 8, C, H, W]: their x0_hats, then themselves. InputError if they are not finite.
+    """
     size, images = min(n, SAMPLE_BATCH), torch.zeros(n, *IMAGE, dtype=torch.uint8, device=device)
-    sums, x0_hats = torch.zeros(3, device=device), None  # of batches, their NFE and straightness
-    for i in progress(range(rank(), ceil_div(n, size), world()), f"{solver} {steps}, batches of {size}"):
-        z, path = normal(size, device, args.sample_seed, 1, i), common.Course(slice(8))
-        x, nfe = common.SOLVERS[solver](network.sampled, z, steps, tolerance=args.tolerance, trajectory=path)
+    sums, course = torch.zeros(3, device=device), None  # of batches, their NFE and straightness
+    for i in progress(range(RANK, math.ceil(n / size), WORLD), f"sampling by {solver}"):
+        z = normal(size, device, args.sample_seed, SAMPLES, i)
+        path = common.Watched(network.sampling_velocity, slice(8))
+        x = common.SOLVERS[solver](path, z, args.tolerance if solver == "dopri5" else steps)
         images[i * size:(i + 1) * size] = common.to_uint8(x)[:n - i * size]
-        bend = path.bend(z - x)
-        sums += torch.stack([torch.ones_like(bend), torch.full_like(bend, nfe), bend])
-        x0_hats = torch.stack([*path.x_hats, common.to_uint8(x[path.shown])])
+        bend = path.straightness(z - x)
+        sums += torch.stack([torch.ones_like(bend), torch.full_like(bend, path.nfe), bend])
+        course = common.to_uint8(torch.stack([*path.x0_hats, x[:8]]))
     count, nfe, bend = all_reduce(sums).tolist()
     if not math.isfinite(bend):
-        raise FloatingPointError(f"{solver}, {steps} steps: samples are not finite; no pictures, no distance")
-    return Samples(all_reduce(images), nfe / count, bend / count, x0_hats)  # the rows of other ranks are 0
+        raise InputError(f"samples of {solver} with {steps} steps are not finite: no picture, no distance")
+    return all_reduce(images), nfe / count, bend / count, course  # the rows of other ranks are 0
 
 
 class Classifier(nn.Module):
@@ -766,15 +758,26 @@ class Classifier(nn.Module):
         return torch.cat(pooled, 1), self.out(pooled[-1])
 
 
+def cached(path, keys, make):
+    """The dict in a file. Where a rank lacks the file, all make() its content and rank 0 saves that."""
+    if all_reduce(torch.tensor(int(path.exists()))) < WORLD:
+        content = make()
+        if RANK == 0:
+            common.save_pt(content, path)
+        all_reduce(torch.zeros(1))
+    return common.load_pt(path, keys, "remove it, and it is made again")
+
+
 def classifier_features(data, device):
-    """A function uint8 [B, C, H, W] -> features [B, 224], in units of their deviation over the images, and
-    its name. The classifier is trained on the data once (fixed seed, batches of 128) and cached."""
+    """A function uint8 [B, C, H, W] -> features [B, 224], scaled by their deviation over the real images, and
+    its name. The classifier is trained on them once (fixed seed, batches of 128) and kept in data/cache."""
+    path = CACHE / f"classifier-{data.sha256[:12]}.pt"
     torch.manual_seed(0)
     network = Classifier(len(data.classes)).to(device)
 
     def make():
         optimizer = torch.optim.Adam(network.parameters(), 2e-3)
-        for _ in progress(range(CLASSIFIER_BATCHES), "classifier"):
+        for _ in progress(range(CLASSIFIER_BATCHES), "training the classifier that judges"):
             index = torch.randint(len(data.images), (128,))
             x, wanted = data.images[index].to(device), data.labels[index].to(device)
             F.cross_entropy(network(common.to_float(x))[1], wanted).backward()
@@ -785,173 +788,162 @@ def classifier_features(data, device):
             f = [network(common.to_float(part.to(device)))[0] for part in data.images.split(SAMPLE_BATCH)]
         return {"network": network.state_dict(), "scale": torch.cat(f).std(0).clamp(min=1e-3)}
 
-    scale = torch.zeros(FEATURES["classifier"], device=device)
-    common.cached(CACHE / f"classifier-{data.sha256[:12]}.pt",
-                  {"network": network.state_dict(), "scale": scale}, make)
-    weights = [value.cpu().numpy().tobytes() for value in network.eval().state_dict().values()]
-    digest = hashlib.sha256(b"".join(weights)).hexdigest()
+    saved = cached(path, ["network", "scale"], make)
+    network.load_state_dict(saved["network"])
+    network, scale = network.eval(), saved["scale"].to(device)
 
     def features(images):
         return network(common.to_float(images.to(device)))[0] / scale
 
-    return features, f"classifier-{digest[:8]}"
+    return features, f"classifier-{common.sha256(path)[:8]}"
 
 
 def inception_features(mode, device):
     """A function uint8 [B, C, H, W] -> clean-fid's Inception features [B, 2048], and its name."""
     path = CACHE / "inception-2015-12-05.pt"
-    try:  # imported here: clean-fid needs a torchvision that matches torch
+    try:  # imported here: clean-fid needs a torchvision that fits torch
         from cleanfid import downloads_helper, inception_torchscript, resize
-        with common.rank_zero_first():
-            if not path.exists():  # its own download would leave half a file when cut short
+        with rank_zero_first():
+            if not path.exists():  # its own download would leave half a file when it is cut short
                 common.download([downloads_helper.inception_url], path)
-        with common.as_noted(path) as digest:
-            network = inception_torchscript.InceptionV3W(CACHE, download=False, resize_inside=mode != "clean")
+        network = inception_torchscript.InceptionV3W(CACHE, download=False, resize_inside=mode != "clean")
     except (ImportError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"clean-fid cannot load {path} ({reason}); delete it if it was cut short") from None
+        raise InputError(f"clean-fid cannot load {path} ({reason}); delete it if it is cut short") from error
     network, resizer = network.to(device).eval(), resize.build_resizer(mode)
 
     def features(images):
         x = images.to(device).expand(-1, 3, -1, -1).float()
-        if mode == "clean":  # resized image by image in Pillow; legacy_tensorflow resizes inside the network
+        if mode == "clean":  # resized one by one in Pillow; legacy_tensorflow does it in the network
             x = np.stack([resizer(image.numpy()).transpose(2, 0, 1) for image in x.permute(0, 2, 3, 1).cpu()])
             x = torch.from_numpy(x).to(device)
         return network(x)
 
-    return features, f"inception-{mode}-{digest[:8]}"
+    return features, f"inception-{mode}-{common.sha256(path)[:8]}"
 
 
-class Moments(NamedTuple):
-    """What a Frechet distance needs to know of features f [n, D]; moments of parts add up. float64."""
+def load_features(args, device, data):
+    """The function of --features and its name. InputError if no distance can be computed with them."""
+    if not args.reference and len(data.images) < 2 * FEATURES[args.features]:
+        raise InputError(f"{len(data.images)} real images are too few for the covariance of {args.features} "
+                         f"features; --features classifier needs {2 * FEATURES['classifier']}")
+    common.save(lambda file: None, CACHE / ".writable")  # InputError if it is not
+    if args.features == "classifier":
+        return classifier_features(data, device)
+    return inception_features(args.fid_mode, device)
 
-    n: torch.Tensor
-    sum: torch.Tensor  # [D]
-    products: torch.Tensor  # sum of f f^T, [D, D]
 
-    def add(self, other):
-        return Moments(*(mine + its for mine, its in zip(self, other)))
+def check_distance(args, device, data):
+    """Before a training: refuse what was named and cannot be used; say if there will be no distance."""
+    if args.features == "classifier" and len(data.classes) < 2:
+        raise InputError("--features classifier needs two classes of pictures; --fid-samples 0 does without")
+    if args.reference:
+        common.load_moments(args.reference)
+    try:
+        load_features(args, device, data)
+    except InputError as error:
+        say(f"As it is there will be no distance: {error}. --features classifier needs no download, and "
+            "--fid-samples 0 no distance. The training goes on; it can be judged at any later time.")
 
 
 @torch.no_grad()
 def moments(features, images):
-    """The Moments of the images' features, each rank taking its share of the images."""
-    total = None
-    for part in progress(images[rank()::world()].split(SAMPLE_BATCH), "features"):
-        f = features(part).cpu().double()
-        found = Moments(torch.tensor(float(len(f)), dtype=f.dtype), f.sum(0), f.T @ f)
-        total = total.add(found) if total else found
-    return Moments(*(all_reduce(value) for value in total))
+    """n, sum [D] and sum of products [D, D] of the images' features, float64. Those of parts add up."""
+    totals = [0, 0, 0]
+    for part in progress(images[RANK::WORLD].split(SAMPLE_BATCH), "features"):
+        f = features(part)
+        f = f.double() if f.device.type == "cuda" else f.cpu().double()
+        found = [torch.ones_like(f[:, 0]).sum(), f.sum(0), f.T @ f]
+        totals = [total + value for total, value in zip(totals, found)]
+    return [all_reduce(total) for total in totals]
 
 
-def frechet_distance(a, b):
-    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2) of two Moments (Heusel et al. 2017, section 3)."""
-    (mean_a, cov_a), (mean_b, cov_b) = ((m.sum / m.n, covariance(m)) for m in (a, b))
+def gaussian(n, total, products):
+    """Mean [D] and covariance [D, D] from moments()."""
+    return total / n, (products - torch.outer(total, total) / n) / (n - 1)
+
+
+def frechet_distance(mean_a, cov_a, mean_b, cov_b):
+    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2) (Heusel et al. 2017, section 3)."""
+    mean_b, cov_b = mean_b.to(mean_a.device), cov_b.to(cov_a.device)
     values, vectors = torch.linalg.eigh(cov_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # S_a^1/2, and S_a^1/2 S_b S_a^1/2 is symmetric
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
     return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
 
 
-def covariance(m):
-    return (m.products - torch.outer(m.sum, m.sum) / m.n) / (m.n - 1)
-
-
-def moments_of(path):
-    """Moments with the mean and covariance of a statistics file; of how many images does not matter."""
-    mean, cov = common.load_moments(path)
-    n = torch.tensor(2.0, dtype=mean.dtype)
-    return Moments(n, n * mean, (n - 1) * cov + n * torch.outer(mean, mean))
-
-
-class Reference(NamedTuple):
-    moments: Moments  # of the real images
-    about: str
-    sha256: str
-    floor: float | None = None  # the distance between their halves: no model can be expected to go below it
-    noise: float | None = None  # the distance of pure noise
-
-
 def reference(features, name, data, device):
-    """The Reference that samples are compared with, cached by the data's content and the extractor's name."""
+    """What samples are compared with: mean and cov of the real images' features; floor, the distance between
+    their halves; noise, the distance of pure noise. Kept in data/cache."""
     def make():
         halves = [moments(features, data.images[i::2]) for i in range(2)]
-        whole = halves[0].add(halves[1])
+        mean, cov = gaussian(*(a + b for a, b in zip(*halves)))
         noise = common.to_uint8(normal(min(len(data.images), 5_000), device, 0))
-        return whole._asdict() | {"floor": frechet_distance(*halves),
-                                  "noise": frechet_distance(moments(features, noise), whole)}
+        return {"mean": mean, "cov": cov,
+                "floor": frechet_distance(*gaussian(*halves[0]), *gaussian(*halves[1])),
+                "noise": frechet_distance(*gaussian(*moments(features, noise)), mean, cov)}
 
-    size = FEATURES[name.split("-")[0]]
-    if len(data.images) < 2 * size:
-        raise InputError(f"{len(data.images)} real images are too few for the covariance of {name} features")
-    zeros = Moments(*(torch.zeros(shape, dtype=torch.float64) for shape in ((), size, (size, size))))
-    saved = common.cached(CACHE / f"moments-{data.sha256[:12]}-{name}.pt",
-                          zeros._asdict() | dict(floor=0.0, noise=0.0), make)
-    known = Moments(*(saved[key] for key in Moments._fields))
-    known = known._replace(n=torch.full_like(known.n, len(data.images)))
-    about = f"{data.about} (their statistics computed here)"
-    return Reference(known, about, data.sha256, saved["floor"], saved["noise"])
+    return cached(CACHE / f"reference-{data.sha256[:12]}-{name}.pt", ["mean", "cov", "floor", "noise"], make)
 
 
-def plan(args, networks):
-    """What is drawn and judged: (weights, solver, steps), steps None for dopri5."""
-    steps = [None] if args.solver == "dopri5" else args.steps
-    rows = [("model", args.solver, n) for n in steps]
+def evaluate(networks, args, device, data):
+    """Draw pictures of {"model": network, maybe "one-step": network} and compute their distances.
+
+    Files in --run-dir: samples_*.png, trajectory.png, samples.npz, and results.jsonl, a line a distance.
+    """
+    run = Path(args.run_dir)
+    rows = [("model", args.solver, steps) for steps in (args.steps if args.solver != "dopri5" else [None])]
     if "one-step" in networks:
         rows += [row for row in (("model", "euler", 1), ("one-step", "euler", 1)) if row not in rows]
-    return rows
-
-
-def evaluate(args, device, data, networks):
-    """Pictures, samples.npz and Frechet distances of {"model": network, maybe "one-step": network}."""
-    run = Path(args.run_dir)
-    for weights, solver, steps in plan(args, networks):  # first: they stay, whatever happens to the figures
+    for weights, solver, steps in rows:
         network = networks[weights]
-        drawn = sample(network, 64, solver, steps, args, device)
-        head = f"head{network.head}" * (len(network.heads) > 1)
+        images, _, _, course = sample(network, 64, solver, steps, args, device)
+        head = f"head{network.head}" if len(network.heads) > 1 else ""
         name = "_".join(str(part) for part in ("samples", weights, head, solver, steps) if part)
-        common.save_grid(drawn.images, run / f"{name}.png")
-        if rank() == 0 and weights == "model" and (steps or max(args.steps)) == max(args.steps):
-            rows = drawn.x0_hats.transpose(0, 1).flatten(0, 1)  # a sample a row
-            common.save_grid(rows, run / "trajectory.png", columns=len(drawn.x0_hats))
+        if RANK == 0:
+            common.save_grid(images, run / f"{name}.png")
+            if weights == "model" and (steps or max(args.steps)) == max(args.steps):  # a sample a row
+                common.save_grid(course.transpose(0, 1).flatten(0, 1), run / "trajectory.png", len(course))
+    for network in networks.values():  # not earlier, or batches of 64 would be compiled, too
+        compile_network(network, args, device)
     if args.save_samples:
-        drawn = sample(networks["model"], args.save_samples, args.solver, args.steps[-1], args, device)
-        common.save_npz(run / "samples.npz", arr_0=drawn.images.permute(0, 2, 3, 1))
+        images, *_ = sample(networks["model"], args.save_samples, args.solver, args.steps[-1], args, device)
+        if RANK == 0:
+            arrays = {"arr_0": images.permute(0, 2, 3, 1).cpu().numpy()}
+            common.save(lambda file: np.savez(file, **arrays), run / "samples.npz")
     if not args.fid_samples:
-        return common.say(f"pictures are in {run}; no distance, as --fid-samples is 0")
-    try:
-        features, name = (classifier_features(data, device) if args.features == "classifier"
-                          else inception_features(args.fid_mode, device))
-        if args.reference:
-            real = Reference(moments_of(args.reference), args.reference, common.sha256(args.reference))
-        else:
-            real = reference(features, name, data, device)
-    except InputError as error:
-        raise InputError(f"no distance: {error}. The training and the pictures in {run} are safe, and the "
-                         "same command evaluates later") from None
+        return
+    features, name = load_features(args, device, data)
+    if args.reference:
+        mean, cov = common.load_moments(args.reference)
+        real = {"mean": mean, "cov": cov, "floor": None, "noise": None}
+        about, digest = args.reference, common.sha256(args.reference)
+    else:
+        real, about, digest = reference(features, name, data, device), data.about, data.sha256[:12]
     figure = "FD (classifier)"
     if args.features == "inception":
         figure = "FID" if args.fid_samples >= 50_000 else f"FID-{args.fid_samples / 1000:g}k"
     seen = networks["model"].images_seen
-    same = dict(figure=figure, n=args.fid_samples, features=name, reference=real.about,
-                reference_sha256=real.sha256[:12], seed=args.sample_seed, images_seen=seen)
-    common.say(f"{figure}: {same['n']:,} samples against {same['reference']}; {name}; EMA weights; seed "
-               f"{same['seed']}; {seen:,} images seen. A distance to the real images: lower is better\n"
-               "(NFE: network evaluations an image. Real images, halved: the distance between two halves)\n"
-               f"{'weights':10}{'head':6}{'solver':8}{'NFE':>6}{figure:>18}{'straightness':>14}")
-    for known, value in (("real images, halved", real.floor), ("pure noise", real.noise)):
-        common.say(f"{known:30}" + ("       not known" if value is None else f"{value:18.3f}"))
-    files = {weights: common.sha256(network.source)[:12] for weights, network in networks.items()}
-    for weights, solver, steps in plan(args, networks):
-        drawn = sample(networks[weights], args.fid_samples, solver, steps, args, device)
-        value = frechet_distance(moments(features, drawn.images), real.moments)
+    say(f"{figure} of {args.fid_samples:,} samples to {about}; lower is better. Features {name}, EMA weights,"
+        f" seed {args.sample_seed}, {seen:,} images seen.\n"
+        f"{'weights':10}{'head':6}{'solver':8}{'NFE':>6}{figure:>18}{'straightness':>14}")
+    for label, value in (("half of the real images", real["floor"]), ("pure noise", real["noise"])):
+        say(f"{label:30}{'not known' if value is None else f'{value:.3f}':>18}")
+    for weights, solver, steps in rows:
         network = networks[weights]
-        common.say(f"{weights:10}{network.head:<6}{solver:8}{drawn.nfe:6.4g}{value:18.3f}{drawn.straightness:14.5f}")
-        common.add_result(run, same | dict(
-            weights=f"{weights} EMA", model_sha256=files[weights], head=network.head,
-            solver=solver, steps=steps, tolerance=None if steps else args.tolerance), dict(
-            value=value, nfe=drawn.nfe, straightness=drawn.straightness, floor=real.floor, noise=real.noise,
-            torch=torch.__version__, device=str(device)))
+        images, nfe, bend, _ = sample(network, args.fid_samples, solver, steps, args, device)
+        value = frechet_distance(*gaussian(*moments(features, images)), real["mean"], real["cov"])
+        bend = bend if nfe > 1 else None  # one step is straight by construction
+        say(f"{weights:10}{network.head:<6}{solver:8}{nfe:6.4g}{value:18.3f}"
+            + (f"{bend:14.5f}" if bend is not None else ""))
+        row = dict(figure=figure, n=args.fid_samples, features=name, reference=about, reference_sha256=digest,
+                   seed=args.sample_seed, images_seen=seen, weights=f"{weights} EMA", head=network.head,
+                   model_sha256=common.sha256(network.source), solver=solver, steps=steps, nfe=nfe,
+                   tolerance=None if steps else args.tolerance, value=value, straightness=bend,
+                   floor=real["floor"], noise=real["noise"], torch=torch.__version__, device=str(device))
+        if RANK == 0:
+            with open(run / "results.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
 
 
 # ----------------------------------------------------------------------------------------------------- flags
@@ -963,7 +955,12 @@ PAPER = dict(
 QUICK = dict(
     run_dir="runs/mnist-quick", data="glyphs", channels=8, multipliers=[1, 2, 4], blocks=1, dropout=0.0,
     iterations=800, batch_size=32, lr=2e-3, ema_decay=0.995, checkpoint_every=400, steps=[1, 2, 4, 15],
-    one_step=True, one_step_iterations=120, one_step_pairs=1_000, features="classifier", fid_samples=1_000)
+    one_step=True, one_step_iterations=120, one_step_pairs=1_000, features="classifier", fid_samples=1_000,
+    compile="off")
+NETWORK = ("channels", "multipliers", "blocks", "attention", "skip_phi")  # which a model file holds, too
+DEFINES = (*NETWORK, "rk_order", "step_rule", "intervals", "target", "loss_ramp", "coupling", "kl_weight",
+           "batch_size", "lr", "warmup", "ema_decay", "dropout", "seed")  # what must not change in a run
+OF_ONE_COMMAND = ("run_dir", "quick", "model", "device")  # not in config.json
 DATA_HELP = ("folder of MNIST's .gz files, folder or .zip of 28x28 pictures, or 'glyphs' (drawn digits); "
              "unset: downloaded to data/mnist")
 
@@ -971,118 +968,169 @@ DATA_HELP = ("folder of MNIST's .gz files, folder or .zip of 28x28 pictures, or 
 def load_data(args):
     """common.Data of --data."""
     if args.data == "glyphs":
-        return common.describe(*common.glyphs(10_000, IMAGE), "drawn digits")
+        return common.make_data(*common.drawn_digits(10_000, IMAGE), "drawn digits")
     images, labels = common.load_mnist(args.data, args.split, IMAGE)
-    return common.describe(images, labels, f"{args.split} images of {args.data or 'data/mnist'}")
+    return common.make_data(images, labels, f"{args.split} images of {args.data or 'data/mnist'}")
 
 
-def implied(given):
-    """Defaults that the flags given bring along: --quick its own, a model file those of its network."""
-    found = dict(QUICK) if given.get("quick") else {}
-    if given.get("teacher"):
-        found |= dict(step_rule="constant", coupling="independent", target="consistency")
-    if file := given.get("teacher") or given.get("init"):
-        config = load_model(file).config
-        shape = ("channels", "multipliers", "blocks", "attention", "skip_phi")
-        found |= {name: config[name] for name in shape}
-        common.refuse_differences(file, config, {name: given[name] for name in shape if name in given})
-    return found
+def number(kind, accepts, words):
+    """A type for argparse: int or float, refused with `words` where accepts(value) is false."""
+    def parse(text):
+        value = kind(text)
+        if not accepts(value):  # nan is never accepted
+            raise argparse.ArgumentTypeError(f"{text} must be {words}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse says "invalid int value"
+    return parse
+
+
+def refuse_differences(path, then, now):
+    """InputError if flags {name: value} that `path` was made with are others now; those it lacks pass."""
+    differ = [f"--{name.replace('_', '-')} {then[name]}, not {value}"
+              for name, value in now.items() if name in then and then[name] != value]
+    if differ:
+        raise InputError(f"{path} was made with {'; '.join(differ)}. Leave out what differs to go on with "
+                         "that run; anything else is another run, in another --run-dir")
+
+
+def save_config(args, device):
+    """config.json: the flags, which the run folder remembers, and the versions that a result depends on."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    about = dict(args={name: value for name, value in vars(args).items() if name not in OF_ONE_COMMAND},
+                 script=Path(__file__).name, image=IMAGE, commit=commit, python=platform.python_version(),
+                 torch=torch.__version__, numpy=np.__version__, device=f"{WORLD} x {device.type} {chip}")
+    text = json.dumps(about, indent=1)
+    common.save(lambda file: file.write(text.encode()), Path(args.run_dir) / "config.json")
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    pass
 
 
 def parse_args(argv=None):
-    """The flags, those that the run folder remembers included; InputError where one cannot be used."""
-    parser = common.Parser(__doc__, __file__)
-    yes_no, share = argparse.BooleanOptionalAction, number(float, 0, 0.9999999)
-    natural, count, small = number(int, 0, 2**32), number(int, 1, 10**9), number(int, 1, 64)
-    points, features = list(WEIGHTS), list(FEATURES)
+    """The flags. Those given win over what the run folder remembers, that over what --quick, --teacher and
+    --init imply, and that over the paper's recipe."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False,
+                                     usage=argparse.SUPPRESS)
+    yes_no = argparse.BooleanOptionalAction
+    count, natural = number(int, lambda n: n >= 1, "1 or more"), number(int, lambda n: n >= 0, "0 or more")
+    positive = number(float, lambda x: 0 < x < math.inf, "above 0")
+    weight = number(float, lambda x: 0 <= x < math.inf, "0 or more")
+    share = number(float, lambda x: 0 <= x < 1, "from 0 to below 1")
     targets = ["online", "ema", "consistency", "progressive"]
     modes = ["legacy_tensorflow", "clean"]
 
-    flag = parser.flags("run", FORGOTTEN)
+    flag = parser.add_argument_group("run").add_argument
     flag("--quick", action=yes_no, default=False, help="drawn digits, a small network: all code in minutes")
-    flag("--run-dir", help="the run's folder, which remembers its flags; one that holds a checkpoint goes on")
-    flag("--model", help="evaluate this model file; train nothing; the results go to --run-dir")
+    flag("--run-dir", help="the run's folder, which remembers its flags; one with a checkpoint goes on")
+    flag("--model", help="evaluate this model file and train nothing; the results go to --run-dir")
     flag("--device", help="cpu, cuda, cuda:1, mps (never tried); unset: a GPU if there is one")
 
-    flag = parser.flags("data and machine", MAY_CHANGE)
+    flag = parser.add_argument_group("data (a run goes on with the same images only)").add_argument
     flag("--data", help=DATA_HELP)
     flag("--split", choices=["train", "test"], default="train", help="the part to train on and compare with")
+
+    flag = parser.add_argument_group("machine (may change later)").add_argument
     flag("--amp", choices=["auto", "on", "off"], default="auto", help="bfloat16; auto: on GPUs that have it")
     flag("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile; auto: on CUDA")
     flag("--accumulate", type=count, default=1, help="parts a rank's batch is split into, to save memory")
     flag("--checkpoint-every", type=count, default=5_000, help="iterations; a sample grid comes with each")
-    flag("--evaluate-every", type=count, help="iterations; keeps model_NNNNNNN.pt; unset: at the end alone")
+    flag("--evaluate-every", type=count, help="iterations; keeps model_NNNNNNN.pt; unset: only at the end")
 
-    flag = parser.flags("method", DEFINES)
+    flag = parser.add_argument_group("method (fixed when the run has begun)").add_argument
     flag("--rk-order", type=int, choices=range(4), default=1, help="k (RK12, RK23, RK34); 0: rectified flow")
-    flag("--rk-points", choices=points, default="published", help="b(j): the paper's, or more accurate ones")
-    flag("--step-rule", choices=STEP_RULES, default="uniform", help="h: below 1/N; t/N measured better; 1/N")
+    flag("--step-rule", choices=STEP_RULES, default="uniform",
+         help="step h: uniform in (0, 1/N), the paper's; proportional t/N, better in our tests; constant 1/N")
     flag("--intervals", type=count, default=16, help="N of the step rule")
     flag("--target", choices=targets, default="online", help="y_j by the network or its EMA; or --teacher's")
-    flag("--loss-ramp", action=yes_no, default=False, help="weigh the loss by w_1 = 2 i/I, w_2 = 2 (1 - i/I)")
+    flag("--loss-ramp", action=yes_no, default=False,
+         help="weights w_1 = 2 i/I, w_2 = 2 (1 - i/I) of the loss; fixes --iterations, too")
     flag("--coupling", choices=["learned", "independent"], help="z from an encoder of x, or drawn without it")
-    flag("--kl-weight", type=number(float, 0, 1e6), default=20.0, help="beta: keeps q(z|x) near N(0, I)")
-
-    flag = parser.flags("beginning from another model", MAY_CHANGE)
+    flag("--kl-weight", type=weight, default=20.0, help="beta, which keeps q(z|x) near N(0, I)")
     flag("--teacher", help="model file that makes the slopes, frozen; the student begins as its v_1")
-    flag("--init", help="model file whose weights the training begins with")
+    flag("--init", help="model file whose weights the training begins with; read only then")
 
-    flag = parser.flags("training", DEFINES)
+    flag = parser.add_argument_group("training (fixed when the run has begun)").add_argument
     flag("--batch-size", type=count, help="images an iteration, over all ranks")
-    flag("--lr", type=number(float, 1e-12, 10), help="Adam's learning rate")
-    flag("--warmup", type=natural, help="iterations of linear warm-up, at most a tenth of all")
-    flag("--ema-decay", type=share, help="an iteration, at most (1 + i)/(10 + i), for the sake of short runs")
+    flag("--lr", type=positive, help="Adam's learning rate")
+    flag("--warmup", type=natural, help="iterations of linear warm-up, at most a tenth of --iterations")
+    flag("--ema-decay", type=share, help="EMA decay per iteration, warmed up as (1 + i)/(10 + i)")
     flag("--dropout", type=share, help="probability, in every residual block")
     flag("--seed", type=natural, default=0, help="of weights and training draws")
 
-    flag = parser.flags("network", DEFINES)
-    flag("--channels", type=number(int, 4, 2048), help="c, the unit of width")
-    flag("--multipliers", type=small, nargs="+", help="of c, one a level; each further level halves the size")
-    flag("--blocks", type=small, help="residual blocks a level")
+    flag = parser.add_argument_group("network (fixed when the run has begun)").add_argument
+    flag("--channels", type=count, help="c, the unit of width")
+    flag("--multipliers", type=count, nargs="+", help="of c, one a level; each further level halves the size")
+    flag("--blocks", type=count, help="residual blocks a level")
     flag("--attention", type=count, nargs="*", help="sizes, in pixels, of the levels that have it")
-    flag("--skip-phi", type=number(float, 0.001, 0.999), default=0.75, help="phi of the skips; 0.5: off")
+    flag("--skip-phi", type=share, default=0.75, help="phi of the skips; 0.5: off")
 
-    flag = parser.flags("budget", MAY_CHANGE)
+    flag = parser.add_argument_group("budget").add_argument
     flag("--iterations", type=count, help="I; may grow when a run is continued")
-    flag("--one-step", action=yes_no, default=False, help="then train a one-step student in three stages")
-    flag("--one-step-iterations", type=count, help="in each of the three")
-    flag("--one-step-pairs", type=count, default=50_000, help="noise draws that the student learns from")
+    flag("--one-step", action=yes_no, default=False, help="then train a one-step student in three parts")
+    flag("--one-step-iterations", type=count, help="of each part; fixed when the student has begun")
+    flag("--one-step-pairs", type=count, default=50_000, help="noise draws it learns from; fixed likewise")
 
-    flag = parser.flags("evaluation", MAY_CHANGE)
+    flag = parser.add_argument_group("evaluation (may change later)").add_argument
     flag("--steps", type=count, nargs="+", default=[15], help="network evaluations (NFE) an image")
-    flag("--head", type=count, help="the velocity that sampling integrates, 1 to k; unset: the last")
+    flag("--head", type=count, help="the velocity that samples follow, 1 to k; unset: the last")
     flag("--solver", choices=list(common.SOLVERS), default="euler", help="the paper's; ab2 measured better")
-    flag("--tolerance", type=number(float, 1e-12, 1), default=1e-4, help="of dopri5, which ignores --steps")
-    flag("--fid-samples", type=natural, default=50_000, help="images; fewer make no FID; 0: none")
+    flag("--tolerance", type=positive, default=1e-4, help="of dopri5, which ignores --steps")
+    flag("--fid-samples", type=natural, default=50_000,
+         help="number of samples; below 50,000 it is called FID-5k and so on; 0 skips the distance")
     flag("--fid-mode", choices=modes, default="legacy_tensorflow", help="of clean-fid; as published figures")
     flag("--reference", help=".npz of mu and sigma (EDM's, ADM's) to compare with, instead of the images")
-    flag("--features", choices=features, default="inception", help="or of a classifier of the data: no FID")
+    flag("--features", choices=list(FEATURES), default="inception", help="or a classifier's: no FID")
     flag("--sample-seed", type=natural, help="of the samples; unset: --seed")
     flag("--save-samples", type=count, help="images to write to samples.npz, at the last of --steps")
 
     parser.set_defaults(**PAPER)
-    args = parser.read(argv, implied)
+    first = vars(parser.parse_args(argv))
+    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(first))))
+    given = {name: value for name, value in given.items() if value is not None}
+    implied = dict(QUICK) if first["quick"] else {}
+    if first["teacher"]:
+        implied |= dict(step_rule="constant", coupling="independent", target="consistency")
+    config = Path((first | implied | given)["run_dir"]) / "config.json"
+    if config.exists() and not first["model"]:
+        with common.reading(config, "move it away, and give the flags of the run again"):
+            about = json.loads(config.read_text())
+            remembered = {name: value for name, value in about["args"].items() if name in first}
+            if about["image"] != list(IMAGE):
+                raise InputError(f"{config.parent} is a run of {about['script']}, which makes other images")
+        refuse_differences(config, remembered, {
+            name: value for name, value in given.items() if name in (*DEFINES, "init")})
+        gives = [f"--{name.replace('_', '-')} {value}" for name, value in remembered.items()
+                 if name not in given and value != (first | implied)[name]]
+        say(f"{config} gives {', '.join(gives) or 'nothing new'}")
+        implied |= remembered
+    elif file := first["teacher"] or first["init"]:
+        known = load_model(file).config
+        for name in NETWORK:
+            if given.get(name, known[name]) != known[name]:
+                parser.error(f"the network is that of {file}: leave out --{name.replace('_', '-')}")
+            implied[name] = known[name]
+    parser.set_defaults(**implied)
+    args = parser.parse_args(argv)
     if args.sample_seed is None:
         args.sample_seed = args.seed
-    if args.solver == "heun" and any(steps % 2 == 0 for steps in args.steps):
-        parser.error("--solver heun takes odd --steps: two evaluations an interval, one in the last")
-    for refused, words in ((args.init, "--init: a student begins as its teacher"),
-                           (args.rk_order != 1, "--rk-order: a student has one head, order 1"),
-                           (args.coupling == "learned", "--coupling learned: there is no encoder"),
-                           (args.target == "online", "--target online: a target is wanted"),
-                           (args.loss_ramp, "--loss-ramp: there is no truth to weigh")):
-        if args.teacher and refused:
-            parser.error(f"with --teacher not {words}")
+    if args.teacher and (args.init or args.rk_order != 1 or args.coupling == "learned" or args.loss_ramp
+                         or args.target == "online"):
+        parser.error("a student of a --teacher has --rk-order 1, --coupling independent and another --target "
+                     "than online; it takes no --init and no --loss-ramp")
     if not args.teacher and args.target in ("consistency", "progressive"):
         parser.error(f"--target {args.target} needs a --teacher")
     if 0 < args.fid_samples <= FEATURES[args.features]:
         parser.error(f"--fid-samples: the covariance of {FEATURES[args.features]} {args.features} features "
-                     "needs more images than that (0: no distance)")
+                     "needs more samples than that; 0 skips the distance")
     if args.reference and (args.features, args.fid_mode) != ("inception", "legacy_tensorflow"):
-        parser.error("--reference: such statistics are of inception features in legacy_tensorflow mode")
-    if args.batch_size % (world() * args.accumulate):
-        parser.error(f"--batch-size {args.batch_size} is not divisible by the {world()} ranks"
-                     + f" x --accumulate {args.accumulate}" * (args.accumulate > 1))
+        parser.error("--reference needs the features of such files: inception, in legacy_tensorflow mode")
+    if args.batch_size % (WORLD * args.accumulate):
+        parser.error(f"--batch-size {args.batch_size} is not divisible by {WORLD} ranks x --accumulate "
+                     f"{args.accumulate}")
     return args
 
 
@@ -1090,31 +1138,34 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    """The command line; returns the exit status."""
+    """The command line; returns the exit status, which is 2 after an InputError."""
     try:
-        common.start_ranks()
         args = parse_args(argv)
-        device, run = common.pick_device(args.device), Path(args.run_dir)
-        with common.rank_zero_first():
-            data = None if args.model and args.reference else load_data(args)
-        run.mkdir(parents=True, exist_ok=True)
+        device, data = start(args.device), None
+        if not args.model or (args.fid_samples and not args.reference):
+            with rank_zero_first():
+                data = load_data(args)
+            say(f"{data.about}, {len(data.classes)} classes")
         if args.model:
-            networks = {"model": prepare(load_model(args.model, head=args.head), args, device)}
-            compile_networks(networks.values(), args, device)
+            networks = {"model": prepare(load_model(args.model, args.head), args, device)}
         else:
-            networks = {"model": train(args, device, data)}
+            networks = {"model": fit(CatchUp(args, device, data), args, device)}
             if args.one_step:
-                networks["one-step"] = train_one_step(args, device, networks["model"])
-        evaluate(args, device, data, networks)
-        common.say(f"Pictures (samples_*.png) and results.jsonl are in {run}.")
-        if not args.model:
-            again = common.command(args, seed=args.seed + 1, run_dir=f"{run}-seed-{args.seed + 1}")
-            common.say("The losses are in metrics.svg there. Next, maybe another solver, another seed:\n"
-                       f"    python {args.script} --run-dir {run} --solver ab2 --steps 3 5 9\n    {again}")
-        return 0
-    except (InputError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
-        return common.explain(error, __file__)
+                networks["one-step"] = fit(OneStep(args, device, networks["model"]), args, device)
+        evaluate(networks, args, device, data)
+        say(f"The pictures, samples_*.png, and what else there is are in {args.run_dir}.")
+    except (InputError, torch.OutOfMemoryError) as error:
+        remedy = "" if isinstance(error, InputError) else " A larger --accumulate needs less memory."
+        print(f"{Path(__file__).name}: error: {str(error).splitlines()[0]}{remedy}", file=sys.stderr)
+        return 2
+    if WORLD > 1:
+        dist.destroy_process_group()
+    return 0
 
 
 if __name__ == "__main__":
-    common.run_main(main)
+    status = main()
+    if WORLD > 1 and status:  # an orderly end would wait for the other ranks
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
