@@ -341,7 +341,7 @@ def start(name):
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+        raise InputError(f"--device {name} cannot be used here: {common.first_line(error)}") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # all batches have one shape: look for the fastest kernels once
@@ -810,8 +810,8 @@ def inception_features(mode, device):
                 common.download([downloads_helper.inception_url], path)
         network = inception_torchscript.InceptionV3W(CACHE, download=False, resize_inside=mode != "clean")
     except (ImportError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"clean-fid cannot load {path} ({reason}); delete it if it is cut short") from error
+        raise InputError(f"clean-fid cannot load {path} ({common.first_line(error)}); delete it if it is cut "
+                         "short") from error
     network, resizer = network.to(device).eval(), resize.build_resizer(mode)
 
     def features(images):
@@ -1159,7 +1159,7 @@ def main(argv=None):
         say(f"The pictures, samples_*.png, and what else there is are in {args.run_dir}.")
     except (InputError, torch.OutOfMemoryError) as error:
         remedy = "" if isinstance(error, InputError) else " A larger --accumulate needs less memory."
-        print(f"{Path(__file__).name}: error: {str(error).splitlines()[0]}{remedy}", file=sys.stderr)
+        print(f"{Path(__file__).name}: error: {common.first_line(error)}{remedy}", file=sys.stderr)
         return 2
     if WORLD > 1:
         gc.collect()  # DDP's wrapper must go before its process group: one in five runs over gloo aborted
