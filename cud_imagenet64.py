@@ -477,6 +477,7 @@ class CatchUp(nn.Module):
         self.args, self.device, self.data = args, device, data
         self.reader, self.ahead, self.shown = ThreadPoolExecutor(1), {}, grid_labels(args, len(data.classes))
         self.iterations, self.warmup = args.iterations, min(args.warmup, args.iterations // 10)
+        self.lr = args.lr
         self.uses_average = args.target != "online"
         self.definition = {name: getattr(args, name) for name in DEFINES} | {"data": data.sha256[:12]}
         if args.loss_ramp:
@@ -639,7 +640,7 @@ def fit(stage, args, device):
     average = copy.deepcopy(stage.network).eval().requires_grad_(False)
     stage.average = average.first_head  # a method; a module would be trained and saved with the stage
     averaged, current = list(average.parameters()), list(stage.network.parameters())
-    optimizer = torch.optim.Adam(stage.parameters(), args.lr, fused=device.type in ("cpu", "cuda"))
+    optimizer = torch.optim.Adam(stage.parameters(), stage.lr, fused=device.type in ("cpu", "cuda"))
     first, rows = resume(stage, average, optimizer, run)
     if first:  # a kill may have come between the checkpoint and the weights
         save_model(average, run / stage.model, first * args.batch_size)
@@ -657,7 +658,7 @@ def fit(stage, args, device):
         if RANK == 0:
             save_config(args, device)
         for i in progress(range(first, stage.iterations), "training", first, shown):
-            lr = args.lr * min(1, (i + 1) / max(1, stage.warmup))
+            lr = stage.lr * min(1, (i + 1) / max(1, stage.warmup))
             for group in optimizer.param_groups:
                 group["lr"] = lr
             batch = [part.chunk(args.accumulate) if torch.is_tensor(part) else [part] * args.accumulate
@@ -724,8 +725,10 @@ class OneStep(nn.Module):
         super().__init__()
         self.args, self.device, self.data = args, device, None
         self.iterations, self.warmup, self.uses_average = 3 * args.one_step_iterations, 0, True
+        self.lr = args.one_step_lr or args.lr
         self.definition = {name: getattr(args, name)
-                           for name in (*DEFINES, "iterations", "one_step_iterations", "one_step_pairs")}
+                           for name in (*DEFINES, "iterations", "one_step_iterations", "one_step_pairs",
+                                        "one_step_lr")}
         self.classes = teacher.config["classes"]
         self.network = prepare(begin_from(teacher, heads=1, dropout=args.dropout), args, device)
         for part in (self.network, teacher):
@@ -1172,6 +1175,7 @@ def parse_args(argv=None):
     flag("--one-step", action=yes_no, default=False, help="then train a one-step student in three parts")
     flag("--one-step-iterations", type=count, help="of each part; fixed when the student has begun")
     flag("--one-step-pairs", type=count, default=50_000, help="noise draws it learns from; fixed likewise")
+    flag("--one-step-lr", type=positive, help="its learning rate; unset: --lr, as released; fixed likewise")
 
     flag = parser.add_argument_group("evaluation (may change later)").add_argument
     flag("--steps", type=count, nargs="+", default=[15], help="network evaluations (NFE) an image")
