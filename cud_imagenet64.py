@@ -349,7 +349,8 @@ def prepare(network, args, device):
 
 def compile_network(network, args, device):
     """torch.compile in place, which leaves the names of the weights as they are."""
-    if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):
+    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)  # Triton needs that
+    if args.compile == "on" or (args.compile == "auto" and able):
         torch._dynamo.config.cache_size_limit = 64  # networks, batch sizes and heads share one forward()
         torch._inductor.config.force_layout_optimization = True  # concatenations would end channels_last
         network.compile(dynamic=False)
@@ -1013,7 +1014,7 @@ def evaluate(networks, args, device, data):
     if args.reference:
         mean, cov = common.load_moments(args.reference)
         real = {"mean": mean, "cov": cov, "floor": None, "noise": None}
-        about, digest = args.reference, common.sha256(args.reference)
+        about, digest = Path(args.reference).name, common.sha256(args.reference)
     else:
         real, about, digest = reference(features, name, data, device), data.about, data.sha256[:12]
     figure = "FD (classifier)"
@@ -1086,6 +1087,11 @@ def number(kind, accepts, words):
     return parse
 
 
+def absolute(path):
+    """A path as the run folder remembers it, so that the run goes on from any other folder."""
+    return path if path == "glyphs" else os.path.abspath(path)
+
+
 def refuse_differences(path, then, now):
     """InputError if flags {name: value} that `path` was made with are others now; those it lacks pass."""
     differ = [f"--{name.replace('_', '-')} {then[name]}, not {value}"
@@ -1132,12 +1138,12 @@ def parse_args(argv=None):
     flag("--device", help="cpu, cuda, cuda:1, mps (never tried); unset: a GPU if there is one")
 
     flag = parser.add_argument_group("data (a run goes on with the same images only)").add_argument
-    flag("--data", help=DATA_HELP)
-    flag("--cache", default="data/imagenet64", help="where they are kept once read, 12 kB an image")
+    flag("--data", type=absolute, help=DATA_HELP)
+    flag("--cache", type=absolute, default="data/imagenet64", help="where they are kept once read")
 
     flag = parser.add_argument_group("machine (may change later)").add_argument
     flag("--amp", choices=["auto", "on", "off"], default="auto", help="bfloat16; auto: on GPUs that have it")
-    flag("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile; auto: on CUDA")
+    flag("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile; auto: new GPUs")
     flag("--accumulate", type=count, default=1, help="parts a rank's batch is split into, to save memory")
     flag("--checkpoint-every", type=count, default=5_000, help="iterations; a sample grid comes with each")
     flag("--evaluate-every", type=count, help="iterations; keeps model_NNNNNNN.pt; unset: only at the end")
@@ -1151,8 +1157,8 @@ def parse_args(argv=None):
     flag("--loss-ramp", action=yes_no, default=False,
          help="weights w_1 = 2 i/I, w_2 = 2 (1 - i/I) of the loss; fixes --iterations, too")
     flag("--wavelet-weight", type=weight, default=1.0, help="w_3, of differences in detail")
-    flag("--teacher", help="model file that makes the slopes, frozen; the student begins as its v_1")
-    flag("--init", help="model file whose weights the training begins with; read only then")
+    flag("--teacher", type=absolute, help="model file of the frozen teacher; the student begins as its v_1")
+    flag("--init", type=absolute, help="model file whose weights the training begins with; read only then")
 
     flag = parser.add_argument_group("training (fixed when the run has begun)").add_argument
     flag("--batch-size", type=count, help="images an iteration, over all ranks")
@@ -1186,7 +1192,7 @@ def parse_args(argv=None):
     flag("--fid-samples", type=natural, default=50_000,
          help="number of samples; below 50,000 it is called FID-5k and so on; 0 skips the distance")
     flag("--fid-mode", choices=modes, default="legacy_tensorflow", help="of clean-fid; as published figures")
-    flag("--reference", help=".npz of mu and sigma (EDM's, ADM's) to compare with, instead of the images")
+    flag("--reference", type=absolute, help=".npz of mu and sigma (EDM's, ADM's) in place of the images")
     flag("--features", choices=list(FEATURES), default="inception", help="or a classifier's: no FID")
     flag("--sample-seed", type=natural, help="of the samples; unset: --seed")
     flag("--save-samples", type=count, help="images to write to samples.npz, at the last of --steps")
@@ -1245,10 +1251,12 @@ def main(argv=None):
     try:
         args = parse_args(argv)
         device, data = start(args.device), None
+        if device.type == "cuda" and args.compile == "auto" and torch.cuda.get_device_capability() < (7, 0):
+            say("This GPU is too old for torch.compile, so the training is slower; it does without.")
         if not args.model or (args.fid_samples and not args.reference):
             with rank_zero_first():
                 data = load_data(args)
-            say(f"{data.about}, {len(data.classes)} classes")
+            say(data.found())
         if args.prepare:
             return 0
         if args.model:
