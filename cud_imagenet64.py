@@ -283,10 +283,11 @@ class UNet(nn.Module):
         -> these heads (all by default), of x's type [heads, B, C, H, W]."""
         half = self.channels // 2  # of the embedding of t, which is not scaled, as in the released code
         angle = t[:, None] * 10_000 ** (-torch.arange(half, dtype=t.dtype, device=t.device) / half)
-        emb = self.embed(torch.cat([angle.cos(), angle.sin()], 1))  # float32: bfloat16 resolves t to 0.004
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 would resolve t to 0.004
+            emb = self.embed(torch.cat([angle.cos(), angle.sin()], 1))
         emb = F.silu(emb + self.embed_class(labels.repeat(len(x) // len(labels))))
         p = (t * (1 - 2 * self.skip_phi) + self.skip_phi).view(-1, 1, 1, 1)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(x.device.type, torch.bfloat16) if self.bf16 else nullcontext():
             skips = [a := self.first(x)]
             for block in self.encoder:
                 skips.append(a := block(a, emb))
@@ -476,30 +477,35 @@ class CatchUp(nn.Module):
     def __init__(self, args, device, data):
         super().__init__()
         self.args, self.device, self.data = args, device, data
-        self.reader, self.ahead, self.shown = ThreadPoolExecutor(1), {}, grid_labels(args, len(data.classes))
+        if data is None:
+            classes = load_model(Path(args.run_dir) / self.model).config["classes"]
+        else:
+            classes = len(data.classes)
+        self.reader, self.ahead, self.shown = ThreadPoolExecutor(1), {}, grid_labels(args, classes)
         self.iterations, self.warmup = args.iterations, min(args.warmup, args.iterations // 10)
         self.lr = args.lr
         self.uses_average = args.target != "online"
-        self.definition = {name: getattr(args, name) for name in DEFINES} | {"data": data.sha256[:12]}
+        self.definition = {name: getattr(args, name) for name in DEFINES}
+        if data is not None:  # a finished training needs none
+            self.definition["data"] = data.sha256[:12]
         if args.loss_ramp:
             self.definition["iterations"] = args.iterations
         source = self.teacher = None
-        file, checkpoint, begun = args.teacher or args.init, Path(args.run_dir) / "checkpoint.pt", 0
-        if checkpoint.exists():
-            with common.reading(checkpoint, "move it away to train anew"):
-                begun = torch.load(checkpoint, "cpu", mmap=True, weights_only=True)["iteration"]
+        file, done = args.teacher or args.init, iterations_done(args)
+        if done < args.iterations and args.one_step and [*Path(args.run_dir).glob("one_step*.pt")]:
+            raise InputError(f"the student in {args.run_dir} has learnt from iteration {done}: train on with "
+                             "--no-one-step, or move its one_step files away for another student")
         torch.manual_seed(args.seed)
         try:
-            if (args.init and not begun) or (args.teacher and begun < args.iterations):  # else not needed
+            if (args.init and not done) or (args.teacher and done < args.iterations):  # else not needed
                 self.definition["teacher" if args.teacher else "init"] = common.sha256(file)
                 source = load_model(file)
-                if source.config["classes"] != len(data.classes):
-                    raise InputError(f"{file} knows {source.config['classes']} classes, the data have "
-                                     f"{len(data.classes)}")
+                if source.config["classes"] != classes:
+                    raise InputError(f"{file} knows {source.config['classes']} classes, not {classes}")
                 network = begin_from(source, max(1, args.rk_order), args.dropout)
             else:
                 network = UNet(IMAGE, args.channels, args.multipliers, args.blocks, args.attention,
-                               args.dropout, len(data.classes), max(1, args.rk_order), args.skip_phi)
+                               args.dropout, classes, max(1, args.rk_order), args.skip_phi)
             network.choose(args.head)
         except ValueError as error:
             raise InputError(f"--channels, --multipliers, --attention or --head: {error}") from error
@@ -566,6 +572,15 @@ class CatchUp(nn.Module):
         return sample(average, self.shown, self.args.solver, self.args.steps[-1], self.args, self.device)[0]
 
 
+def iterations_done(args):
+    """The iteration of the run's checkpoint; 0: there is none."""
+    path = Path(args.run_dir) / "checkpoint.pt"
+    if not path.exists():
+        return 0
+    with common.reading(path, "move it away to train anew"):
+        return torch.load(path, "cpu", mmap=True, weights_only=True)["iteration"]
+
+
 def resume(stage, average, optimizer, run):
     """Load a stage's checkpoint, if there is one. Returns its iteration and the rows of its log."""
     path, remedy, first, rows = run / f"{stage.name}checkpoint.pt", "move it away to train anew", 0, []
@@ -575,7 +590,7 @@ def resume(stage, average, optimizer, run):
         first, rows, moments = saved["iteration"], saved["rows"], saved["optimizer"]["state"]
         if first > stage.iterations:
             raise InputError(f"{path} is at iteration {first}, past the {stage.iterations} asked for")
-        if first < stage.iterations:  # a finished run may be judged against other images
+        if first < stage.iterations or stage.name:  # a finished flow may be judged against other images
             refuse_differences(path, saved["definition"], stage.definition)
         with common.reading(path, remedy):
             stage.load_state_dict(saved["module"])
@@ -983,7 +998,8 @@ def reference(features, name, data, device):
 def evaluate(networks, args, device, data):
     """Draw pictures of {"model": network, maybe "one-step": network} and compute their distances.
 
-    Files in --run-dir: samples_*.png, trajectory.png, samples.npz, and results.jsonl, a line a distance.
+    Files in --run-dir: samples_*.png, trajectory.png, samples.npz, one_step_samples.npz, and results.jsonl,
+    a line a distance.
     """
     run, classes = Path(args.run_dir), networks["model"].config["classes"]
     rows = [("model", args.solver, steps) for steps in (args.steps if args.solver != "dopri5" else [None])]
@@ -1004,10 +1020,14 @@ def evaluate(networks, args, device, data):
         wanted = drawn_labels(args.save_samples, args, classes)
         if args.classes is not None:
             wanted = torch.tensor(args.classes).repeat(args.save_samples)[:args.save_samples]
-        images, *_ = sample(networks["model"], wanted, args.solver, args.steps[-1], args, device)
-        if RANK == 0:
+        for weights, network in networks.items():
+            name, solver, steps = "samples.npz", args.solver, args.steps[-1]
+            if weights == "one-step":
+                name, solver, steps = "one_step_samples.npz", "euler", 1
+            images, *_ = sample(network, wanted, solver, steps, args, device)
             arrays = {"arr_0": images.permute(0, 2, 3, 1).cpu().numpy(), "arr_1": wanted.numpy()}
-            common.save(lambda file: np.savez(file, **arrays), run / "samples.npz")
+            if RANK == 0:
+                common.save(lambda file, arrays=arrays: np.savez(file, **arrays), run / name)
     if not args.fid_samples:
         return
     features, name = load_features(args, device, data)
@@ -1134,7 +1154,7 @@ def parse_args(argv=None):
     flag("--quick", action=yes_no, default=False, help="drawn digits, a small network: all code in minutes")
     flag("--prepare", action=yes_no, default=False, help="read --data into --cache, and stop")
     flag("--run-dir", help="the run's folder, which remembers its flags; one with a checkpoint goes on")
-    flag("--model", help="evaluate this model file and train nothing; the results go to --run-dir")
+    flag("--model", help="evaluate this model file and train nothing; --run-dir takes the results")
     flag("--device", help="cpu, cuda, cuda:1, mps (never tried); unset: a GPU if there is one")
 
     flag = parser.add_argument_group("data (a run goes on with the same images only)").add_argument
@@ -1195,7 +1215,7 @@ def parse_args(argv=None):
     flag("--reference", type=absolute, help=".npz of mu and sigma (EDM's, ADM's) in place of the images")
     flag("--features", choices=list(FEATURES), default="inception", help="or a classifier's: no FID")
     flag("--sample-seed", type=natural, help="of the samples; unset: --seed")
-    flag("--save-samples", type=count, help="images to write to samples.npz, at the last of --steps")
+    flag("--save-samples", type=count, help="images to write to samples.npz at the last of --steps")
 
     parser.set_defaults(**PAPER)
     first = vars(parser.parse_args(argv))
@@ -1227,6 +1247,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.sample_seed is None:
         args.sample_seed = args.seed
+    if args.model and "run_dir" not in given:
+        parser.error("--model needs --run-dir, the folder for its results")
     if args.teacher and (args.init or args.rk_order != 1 or args.loss_ramp or args.target == "online"):
         parser.error("a student of a --teacher has --rk-order 1 and another --target than online; it takes "
                      "no --init and no --loss-ramp")
@@ -1250,10 +1272,10 @@ def main(argv=None):
     """The command line; returns the exit status, which is 2 after an InputError."""
     try:
         args = parse_args(argv)
-        device, data = start(args.device), None
+        device, data, done = start(args.device), None, False if args.model else iterations_done(args)
         if device.type == "cuda" and args.compile == "auto" and torch.cuda.get_device_capability() < (7, 0):
             say("This GPU is too old for torch.compile, so the training is slower; it does without.")
-        if not args.model or (args.fid_samples and not args.reference):
+        if (args.fid_samples and not args.reference) or not (args.model or done >= args.iterations):
             with rank_zero_first():
                 data = load_data(args)
             say(data.found())

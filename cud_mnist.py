@@ -247,9 +247,10 @@ class UNet(nn.Module):
         """x [B, C, H, W], t [B] -> these heads (all by default), of x's type [heads, B, c_out, H, W]."""
         half = self.channels // 2  # of the embedding of t, which is not scaled, as in the released code
         angle = t[:, None] * 10_000 ** (-torch.arange(half, dtype=t.dtype, device=t.device) / (half - 1))
-        emb = self.embed(torch.cat([angle.sin(), angle.cos()], 1))  # float32: bfloat16 resolves t to 0.004
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 would resolve t to 0.004
+            emb = self.embed(torch.cat([angle.sin(), angle.cos()], 1))
         p = (t * (1 - 2 * self.skip_phi) + self.skip_phi).view(-1, 1, 1, 1)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(x.device.type, torch.bfloat16) if self.bf16 else nullcontext():
             skips = [a := self.first(x)]
             for block in self.encoder:
                 skips.append(a := block(a, emb))
@@ -438,23 +439,26 @@ class CatchUp(nn.Module):
 
     def __init__(self, args, device, data):
         super().__init__()
-        self.args, self.device, self.data, self.images = args, device, data, data.images.to(device)
+        self.args, self.device, self.data = args, device, data
+        self.images = None if data is None else data.images.to(device)
         self.iterations, self.warmup = args.iterations, min(args.warmup, args.iterations // 10)
         self.lr = args.lr
         self.uses_average = args.target != "online"
-        self.definition = {name: getattr(args, name) for name in DEFINES} | {"data": data.sha256[:12]}
+        self.definition = {name: getattr(args, name) for name in DEFINES}
+        if data is not None:  # a finished training needs none
+            self.definition["data"] = data.sha256[:12]
         if args.loss_ramp:
             self.definition["iterations"] = args.iterations
         source = encoder = self.teacher = None
-        file, checkpoint, begun = args.teacher or args.init, Path(args.run_dir) / "checkpoint.pt", 0
-        if checkpoint.exists():
-            with common.reading(checkpoint, "move it away to train anew"):
-                begun = torch.load(checkpoint, "cpu", mmap=True, weights_only=True)["iteration"]
+        file, done = args.teacher or args.init, iterations_done(args)
+        if done < args.iterations and args.one_step and [*Path(args.run_dir).glob("one_step*.pt")]:
+            raise InputError(f"the student in {args.run_dir} has learnt from iteration {done}: train on with "
+                             "--no-one-step, or move its one_step files away for another student")
         shape = dict(image=IMAGE, multipliers=args.multipliers, attention=args.attention,
                      dropout=args.dropout)
         torch.manual_seed(args.seed)
         try:
-            if (args.init and not begun) or (args.teacher and begun < args.iterations):  # else not needed
+            if (args.init and not done) or (args.teacher and done < args.iterations):  # else not needed
                 self.definition["teacher" if args.teacher else "init"] = common.sha256(file)
                 source = load_model(file)
                 network = begin_from(source, max(1, args.rk_order), args.dropout)
@@ -508,6 +512,15 @@ class CatchUp(nn.Module):
         return sample(average, 64, self.args.solver, self.args.steps[-1], self.args, self.device)[0]
 
 
+def iterations_done(args):
+    """The iteration of the run's checkpoint; 0: there is none."""
+    path = Path(args.run_dir) / "checkpoint.pt"
+    if not path.exists():
+        return 0
+    with common.reading(path, "move it away to train anew"):
+        return torch.load(path, "cpu", mmap=True, weights_only=True)["iteration"]
+
+
 def resume(stage, average, optimizer, run):
     """Load a stage's checkpoint, if there is one. Returns its iteration and the rows of its log."""
     path, remedy, first, rows = run / f"{stage.name}checkpoint.pt", "move it away to train anew", 0, []
@@ -517,7 +530,7 @@ def resume(stage, average, optimizer, run):
         first, rows, moments = saved["iteration"], saved["rows"], saved["optimizer"]["state"]
         if first > stage.iterations:
             raise InputError(f"{path} is at iteration {first}, past the {stage.iterations} asked for")
-        if first < stage.iterations:  # a finished run may be judged against other images
+        if first < stage.iterations or stage.name:  # a finished flow may be judged against other images
             refuse_differences(path, saved["definition"], stage.definition)
         with common.reading(path, remedy):
             stage.load_state_dict(saved["module"])
@@ -893,7 +906,8 @@ def reference(features, name, data, device):
 def evaluate(networks, args, device, data):
     """Draw pictures of {"model": network, maybe "one-step": network} and compute their distances.
 
-    Files in --run-dir: samples_*.png, trajectory.png, samples.npz, and results.jsonl, a line a distance.
+    Files in --run-dir: samples_*.png, trajectory.png, samples.npz, one_step_samples.npz, and results.jsonl,
+    a line a distance.
     """
     run = Path(args.run_dir)
     rows = [("model", args.solver, steps) for steps in (args.steps if args.solver != "dopri5" else [None])]
@@ -911,10 +925,14 @@ def evaluate(networks, args, device, data):
     for network in networks.values():  # not earlier, or batches of 64 would be compiled, too
         compile_network(network, args, device)
     if args.save_samples:
-        images, *_ = sample(networks["model"], args.save_samples, args.solver, args.steps[-1], args, device)
-        if RANK == 0:
+        for weights, network in networks.items():
+            name, solver, steps = "samples.npz", args.solver, args.steps[-1]
+            if weights == "one-step":
+                name, solver, steps = "one_step_samples.npz", "euler", 1
+            images, *_ = sample(network, args.save_samples, solver, steps, args, device)
             arrays = {"arr_0": images.permute(0, 2, 3, 1).cpu().numpy()}
-            common.save(lambda file: np.savez(file, **arrays), run / "samples.npz")
+            if RANK == 0:
+                common.save(lambda file, arrays=arrays: np.savez(file, **arrays), run / name)
     if not args.fid_samples:
         return
     features, name = load_features(args, device, data)
@@ -1034,7 +1052,7 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("run").add_argument
     flag("--quick", action=yes_no, default=False, help="drawn digits, a small network: all code in minutes")
     flag("--run-dir", help="the run's folder, which remembers its flags; one with a checkpoint goes on")
-    flag("--model", help="evaluate this model file and train nothing; the results go to --run-dir")
+    flag("--model", help="evaluate this model file and train nothing; --run-dir takes the results")
     flag("--device", help="cpu, cuda, cuda:1, mps (never tried); unset: a GPU if there is one")
 
     flag = parser.add_argument_group("data (a run goes on with the same images only)").add_argument
@@ -1094,7 +1112,7 @@ def parse_args(argv=None):
     flag("--reference", type=absolute, help=".npz of mu and sigma (EDM's, ADM's) in place of the images")
     flag("--features", choices=list(FEATURES), default="inception", help="or a classifier's: no FID")
     flag("--sample-seed", type=natural, help="of the samples; unset: --seed")
-    flag("--save-samples", type=count, help="images to write to samples.npz, at the last of --steps")
+    flag("--save-samples", type=count, help="images to write to samples.npz at the last of --steps")
 
     parser.set_defaults(**PAPER)
     first = vars(parser.parse_args(argv))
@@ -1126,6 +1144,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.sample_seed is None:
         args.sample_seed = args.seed
+    if args.model and "run_dir" not in given:
+        parser.error("--model needs --run-dir, the folder for its results")
     if args.teacher and (args.init or args.rk_order != 1 or args.coupling == "learned" or args.loss_ramp
                          or args.target == "online"):
         parser.error("a student of a --teacher has --rk-order 1, --coupling independent and another --target "
@@ -1150,10 +1170,10 @@ def main(argv=None):
     """The command line; returns the exit status, which is 2 after an InputError."""
     try:
         args = parse_args(argv)
-        device, data = start(args.device), None
+        device, data, done = start(args.device), None, False if args.model else iterations_done(args)
         if device.type == "cuda" and args.compile == "auto" and torch.cuda.get_device_capability() < (7, 0):
             say("This GPU is too old for torch.compile, so the training is slower; it does without.")
-        if not args.model or (args.fid_samples and not args.reference):
+        if (args.fid_samples and not args.reference) or not (args.model or done >= args.iterations):
             with rank_zero_first():
                 data = load_data(args)
             say(data.found())

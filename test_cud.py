@@ -1471,7 +1471,7 @@ def test_given_flags_win_over_the_folder_s_over_quick_s_over_the_paper_s(quick, 
     assert said.count("\n") == 1 and "--iterations 30" in said and "--lr" not in said
     words = "--run-dir runs/mnist-quick --steps 5"
     assert flags(words, "steps", "iterations", "lr", "data", "quick") == [[5], 30, 2e-3, "glyphs", False]
-    assert flags("--quick --model x.pt", "iterations") == [800]  # that is no run of the folder
+    assert flags("--quick --model x.pt --run-dir y", "iterations") == [800]  # that is no run of the folder
 
 
 def test_a_run_folder_remembers_its_flags(monkeypatch, capsys):
@@ -1490,7 +1490,8 @@ def test_a_run_folder_remembers_its_flags(monkeypatch, capsys):
         assert words in out.splitlines()[0]
     assert "iterations 0 to 3" in out and (MNIST / "samples_model_head2_euler_2.png").exists()
     before = [config.read_bytes(), checkpoint.read_bytes()]
-    for flags in ("--steps 1 3 --solver heun", f"--model {MNIST}/model.pt --data glyphs --fid-samples 0"):
+    judged = f"--model {MNIST}/model.pt --run-dir {MNIST} --data glyphs --fid-samples 0"
+    for flags in ("--steps 1 3 --solver heun", judged):
         assert cud_mnist.main(shlex.split(flags)) == 0
         assert "training" not in capsys.readouterr().out
     assert (MNIST / "samples_model_head2_heun_3.png").exists()
@@ -1544,12 +1545,65 @@ def test_a_run_goes_on_from_another_folder_and_with_moved_data(monkeypatch, caps
     monkeypatch.chdir("..")
     assert cud_mnist.main(shlex.split("--run-dir here/run --iterations 3")) == 0
     shutil.move("here/data", "moved")  # the pictures define the run, and their place does not
+    assert cud_mnist.main(shlex.split("--run-dir here/run --steps 3")) == 0  # it is finished: no data needed
     assert cud_mnist.main(shlex.split("--run-dir here/run --iterations 4")) == 2
     assert f"{Path('here/data').resolve()} does not exist" in capsys.readouterr().err
     judged = "--data moved --iterations 4 --features classifier --fid-samples 300"
     assert cud_mnist.main(shlex.split(f"--run-dir here/run {judged}")) == 0
     assert iteration("here/run/checkpoint.pt") == 4
     assert results("here/run")[0]["reference"] == "450 pictures in moved"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_pictures_alone_need_no_data(script, monkeypatch, capsys):
+    flags = [*TINY, *shlex.split("--attention 32 --channels 8 --run-dir run --iterations 1")]
+    if script is cud_mnist:
+        flags += ["--attention"]
+    assert script.main(flags) == 0
+    monkeypatch.setattr(script, "load_data", lambda args: pytest.fail("data were read"))
+    assert script.main(["--run-dir", "run", "--steps", "3"]) == 0
+    assert script.main(shlex.split("--model run/model.pt --run-dir judged --steps 3 --fid-samples 0")) == 0
+    for folder in ("run", "judged"):
+        assert Path(folder, "samples_model_euler_3.png").exists()
+    with pytest.raises(SystemExit):
+        script.main(["--model", "run/model.pt"])
+    assert "--model needs --run-dir" in capsys.readouterr().err and not Path("runs").exists()
+
+
+def test_a_student_belongs_to_the_model_it_has_learnt_from(capsys):
+    one = ("--one-step", "--one-step-iterations", "1", "--one-step-pairs")
+    assert run(*one, "9", "--iterations", "2", "--no-one-step")[0] == 0
+    assert run(*one, "4")[0] == 0  # free until the student has begun
+    left_alone(capsys, "--one-step-pairs 4, not 5", *one, "5")
+    for words in ("--no-one-step", "one_step files"):
+        left_alone(capsys, words, "--iterations", "4")  # the folder remembers --one-step
+    assert run("--save-samples", "5", "--steps", "3")[0] == 0
+    z = cud_mnist.normal(5, "cpu", 0, cud_mnist.SAMPLES, 0)
+    for name, network in (("samples", "model"), ("one_step_samples", "one_step")):
+        velocity = cud_mnist.load_model(MNIST / f"{network}.pt").sampling_velocity
+        x = common.euler(velocity, z, 3 if network == "model" else 1)
+        expected = common.to_uint8(x).permute(0, 2, 3, 1)
+        got = torch.from_numpy(np.load(MNIST / f"{name}.npz")["arr_0"])
+        assert (got.int() - expected.int()).abs().max() <= 1 and got.shape == (5, 28, 28, 1)
+    assert run("--no-one-step", "--iterations", "4")[0] == 0
+    left_alone(capsys, "--iterations 2, not 4", "--one-step")
+    for file in MNIST.glob("one_step*"):
+        file.unlink()
+    assert run("--one-step")[0] == 0 and iteration(MNIST / "one_step_checkpoint.pt") == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("labels", [(), (torch.tensor([1, 3]),)])
+def test_an_outer_autocast_is_followed_but_for_the_time(labels, dtype):
+    network, kinds = small_adm() if labels else small_unet().eval(), {}
+    for name, module in (("time", network.embed[-1]), ("picture", network.bottom[0].conv1)):
+        module.register_forward_hook(lambda m, inputs, output, name=name: kinds.update({name: output.dtype}))
+    x, t = torch.randn(2, 3 if labels else 1, *[16 if labels else 28] * 2), torch.tensor([0.5, 0.501])
+    expected = network(x, t, *labels)
+    with torch.autocast("cpu", dtype):
+        v = network(x, t, *labels)
+    assert kinds == {"time": torch.float32, "picture": dtype} and v.dtype == torch.float32
+    assert (v - expected).abs().mean() < 0.05 * expected.abs().mean()
 
 
 def save_blank(path, *heads):
@@ -1563,7 +1617,7 @@ def save_blank(path, *heads):
 
 def test_the_head_that_samples_is_the_one_named(capsys):
     save_blank("three.pt", 0.2, 0.4, 0.6)
-    flags = shlex.split("--model three.pt --data glyphs --fid-samples 0 --steps 4 --save-samples 8")
+    flags = shlex.split(f"--model three.pt --run-dir {MNIST} --fid-samples 0 --steps 4 --save-samples 8")
     z = cud_mnist.normal(8, "cpu", 0, cud_mnist.SAMPLES, 0).permute(0, 2, 3, 1)
     for head, value in (("1", 0.2), ("2", 0.4), ("3", 0.6), (None, 0.6)):
         assert cud_mnist.main([*flags, *(["--head", head] if head else [])]) == 0
@@ -1636,7 +1690,8 @@ def test_training_begins_with_a_model_file_which_is_read_once(capsys):
     assert torch.load("on/checkpoint.pt")["definition"]["init"] == digest
     shutil.copy("on/model.pt", "other.pt")
     assert cud_mnist.main(["--run-dir", "on", "--init", "other.pt", "--iterations", "5"]) == 2
-    assert "--init flow/model.pt, not other.pt" in capsys.readouterr().err
+    said = f"--init {Path('flow/model.pt').resolve()}, not {Path('other.pt').resolve()}"
+    assert said in capsys.readouterr().err
 
 
 def test_a_model_file_is_evaluated_and_nothing_trained(capsys):
@@ -2223,7 +2278,7 @@ def test_what_is_not_finite_is_not_saved(what, monkeypatch, capsys):
 def test_samples_that_are_not_finite_get_no_distance(capsys):
     save_blank("large.pt", 1e38)  # its weights are finite
     left_alone(capsys, "samples of euler with 5 steps are not finite: no picture, no distance", "--model",
-               "large.pt", "--steps", "5", *JUDGED[:4])
+               "large.pt", "--run-dir", ".", "--steps", "5", *JUDGED[:4])
 
 
 @pytest.mark.parametrize("content", [
@@ -2475,8 +2530,8 @@ def quick_run(tmp_path_factory):
     """A folder with a short run in runs/short-0."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("quick_run"))
-        short = "--iterations 2 --features classifier --fid-samples 300 --run-dir runs/short-0"
-        assert cud_mnist.main([*TINY, *short.split()]) == 0
+        short = "--iterations 2 --features classifier --fid-samples 300 --save-samples 3"
+        assert cud_mnist.main([*TINY, *short.split(), "--run-dir", "runs/short-0"]) == 0
         return Path.cwd()
 
 
@@ -2493,11 +2548,19 @@ def test_readme_results_commands_parse(quick_run):
 def test_readme_python_blocks_run(quick_run, monkeypatch, capsys):
     monkeypatch.chdir(quick_run)
     monkeypatch.syspath_prepend(str(HERE))
+    shutil.copytree("runs/short-0", "runs/mnist")
+    row = results("runs/short-0")[0]
+    with open("runs/short-0/results.jsonl", "a") as file:  # of an earlier checkpoint, and of more samples
+        for change in ({"images_seen": 8, "value": 9e9}, {"n": 400, "value": 1e9}, {"value": 7}):
+            file.write(json.dumps(row | change) + "\n")
     blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
     for block in blocks:
         exec(compile(block.replace('"assets/', f'"{HERE}/assets/'), "README.md", "exec"), {})
-    assert len(blocks) == 3 and Path("samples.png").exists()
-    assert re.search(r"^short .* \d+\.\d ± 0\.0; .*n = 1$", capsys.readouterr().out, re.M)
+    assert len(blocks) == 4 and Path("samples.png").exists()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("short ")]
+    assert lines == [f"short FD (classifier) {n} model EMA 1 euler 2 {value} ± 0.0; n = 1"
+                     for n, value in ((300, "7.0"), (400, "1000000000.0"))]
+    assert Image.open("00002.png").size == (28, 28)
 
 
 @pytest.mark.parametrize("name, solver, steps", [("rk12", common.ab2, 5), ("one_step", common.euler, 1)])
