@@ -2,7 +2,7 @@
 
     pytest                      everything, on a CPU, in a temporary folder, without network or data
     python test_cud.py SCRIPT   no tests: training as a script does it against the plain way, see the end
-    python test_cud.py figure   no tests: draws assets/quality.svg from the README's table
+    python test_cud.py figure   no tests: draws assets/quality.svg from the table in assets/results.md
 """
 import argparse
 import ast
@@ -30,6 +30,7 @@ import time
 import xml.etree.ElementTree as ElementTree
 import zipfile
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -52,6 +53,7 @@ import cud_mnist
 
 HERE = Path(common.__file__).parent
 REAL = HERE.parent / "shared/data"
+RESULTS = HERE / "assets/results.md"
 SCRIPTS = [cud_mnist, cud_cifar10, cud_imagenet64]
 CPU = torch.device("cpu")
 TINY = shlex.split("--data glyphs --channels 8 --multipliers 1 2 --blocks 1 --batch-size 8 --fid-samples 0 "
@@ -550,17 +552,21 @@ def cut(script, first, last):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_copied_parts_work_alone(script):
-    alone, readme, (x, z, t, h) = {"torch": torch}, (HERE / "README.md").read_text(), case()
+    alone, (x, z, t, h) = {"torch": torch}, case()
     exec(cut(script, "# -+ the method", "(?:DB3 = |# -+ network)"), alone)
     for rule, kind in zip(script.STEP_RULES, ("consistency", "progressive", "ema")):
         h, first = alone["step_size"](rule, t, 16, h), Heads(1).first
         loss = alone["distillation_loss"](Heads(1), first, first, x, z, t, h, kind)
         assert torch.equal(loss, script.distillation_loss(Heads(1), first, first, x, z, t, h, kind))
-    block = next(b for b in re.findall(r"```python\n(.*?)```", readme, re.S) if "catch_up_loss(" in b)
-    exec(block.replace("from cud_mnist import catch_up_loss\n", ""), alone)
-    assert alone["x"].shape == alone["z"].shape and alone["x"].isfinite().all()
+    v, (x, z), t = nn.Conv2d(1, 1, 3, padding=1), torch.randn(2, 6, 1, 5, 5), torch.linspace(1e-5, 1, 6)
+    parts = alone["catch_up_loss"](lambda x_t, t: (v(x_t) * t.view(-1, 1, 1, 1))[None], x, z, t, t / 16 + 1e-3)
+    readme = next(block for block in python_blocks("README.md") if "loss_at_order_1" in block)
+    exec(readme, alone)
+    at_order_1 = alone["loss_at_order_1"](lambda x_t, t: v(x_t) * t.view(-1, 1, 1, 1), x, z, t, t / 16 + 1e-3)
+    assert_close(at_order_1, sum(parts).mean())
 
-    alone, (c, h, w) = {"torch": torch, "nn": nn, "F": nn.functional, "math": math}, script.IMAGE
+    alone, (c, h, w) = {"torch": torch, "nn": nn, "F": F, "math": math}, script.IMAGE
+    alone["nullcontext"] = nullcontext
     exec(cut(script, "# -+ network", "def load_model"), alone)
     options = dict(image=script.IMAGE, channels=8, multipliers=[1, 2], blocks=1, attention=[], dropout=0.0,
                    **({"classes": 3} if script is cud_imagenet64 else {}))
@@ -2501,9 +2507,14 @@ def test_scripts_differ_in_what_they_must_alone(one, other, gone, new, differ, m
 # ---------------------------------------------------------------------------------------------------- README
 
 
+def python_blocks(name):
+    return re.findall(r"```python\n(.*?)```", (HERE / name).read_text(), re.S)
+
+
 def readme_commands(of_results):
-    """(script, flags) of the README's bash blocks, in order, loops and variables expanded by bash."""
-    blocks = re.findall(r"```bash\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    """(script, flags) of the bash blocks in README.md and results.md; bash expands loops and variables."""
+    text = (HERE / "README.md").read_text() + RESULTS.read_text()
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
     blocks = [block for block in blocks if " cud_" in block and ("small=" in block) == of_results]
     show = 'python() { printf "%q " "$@"; echo; }; torchrun() { python "$@"; }; pip() { :; }\n'
     command = ["bash", "-euc", show + "\n".join(blocks)]
@@ -2540,7 +2551,7 @@ def test_readme_results_commands_parse(quick_run):
     parsed = [script.parse_args([teacher if "model.pt" in word else word for word in flags])
               for script, flags in readme_commands(of_results=True)]
     assert len(parsed) > 30
-    rows = re.findall(r"\| `(--run-dir [^`]*)`", (HERE / "README.md").read_text())
+    rows = re.findall(r"\| `(--run-dir [^`]*)`", RESULTS.read_text())
     folders = {cud_cifar10.parse_args(row.split()).run_dir for row in rows}
     assert len(folders) == len(rows) - 1 >= 10  # one for each, and one-step goes on in RK12's
 
@@ -2553,11 +2564,13 @@ def test_readme_python_blocks_run(quick_run, monkeypatch, capsys):
     with open("runs/short-0/results.jsonl", "a") as file:  # of an earlier checkpoint, and of more samples
         for change in ({"images_seen": 8, "value": 9e9}, {"n": 400, "value": 1e9}, {"value": 7}):
             file.write(json.dumps(row | change) + "\n")
-    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    blocks = python_blocks("README.md") + python_blocks("assets/results.md")
     for block in blocks:
         exec(compile(block.replace('"assets/', f'"{HERE}/assets/'), "README.md", "exec"), {})
-    assert len(blocks) == 4 and Path("samples.png").exists()
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("short ")]
+    assert len(blocks) == 6 and Path("samples.png").exists()
+    out = capsys.readouterr().out
+    assert float(re.search(r"^4 steps mean distance from the circle (\S+)$", out, re.M)[1]) < 0.15
+    lines = [line for line in out.splitlines() if line.startswith("short ")]
     assert lines == [f"short FD (classifier) {n} model EMA 1 euler 2 {value} ± 0.0; n = 1"
                      for n, value in ((300, "7.0"), (400, "1000000000.0"))]
     assert Image.open("00002.png").size == (28, 28)
@@ -2573,8 +2586,7 @@ def test_the_weights_in_assets_make_digits(name, solver, steps):
 
 
 def test_readme_figure_is_drawn_from_its_table():
-    text = (HERE / "README.md").read_text()
-    assert (HERE / "assets/quality.svg").read_text() == figure(text)
+    assert (HERE / "assets/quality.svg").read_text() == figure(RESULTS.read_text())
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -2594,7 +2606,7 @@ def test_every_flag_is_explained(script, monkeypatch):
 
 
 def figure(text):
-    """An SVG of quality against NFE: the rows of the README's table that follow its header of step counts."""
+    """An SVG of quality against NFE: the rows of the first table that follow its header of step counts."""
     table = re.search(r"\| method \|.*?\n\n", text, re.S)[0].replace("`", "").strip()
     head, _, *rows = ([cell.strip(" *") for cell in row.split("|")[1:-1]] for row in table.split("\n"))
     steps, lines = [int(cell) for cell in head if cell.isdigit()], {}
@@ -2756,7 +2768,7 @@ def measure(name, flags, way, profiling):
 
 
 if __name__ == "__main__" and sys.argv[1:] == ["figure"]:
-    (HERE / "assets/quality.svg").write_text(figure((HERE / "README.md").read_text()))
+    (HERE / "assets/quality.svg").write_text(figure(RESULTS.read_text()))
 elif __name__ == "__main__":
     name, *flags = [word for word in sys.argv[1:] if word != "--profile"]
     found = []
