@@ -558,12 +558,14 @@ def test_copied_parts_work_alone(script):
         h, first = alone["step_size"](rule, t, 16, h), Heads(1).first
         loss = alone["distillation_loss"](Heads(1), first, first, x, z, t, h, kind)
         assert torch.equal(loss, script.distillation_loss(Heads(1), first, first, x, z, t, h, kind))
-    v, (x, z), t = nn.Conv2d(1, 1, 3, padding=1), torch.randn(2, 6, 1, 5, 5), torch.linspace(1e-5, 1, 6)
-    parts = alone["catch_up_loss"](lambda x_t, t: (v(x_t) * t.view(-1, 1, 1, 1))[None], x, z, t, t / 16 + 1e-3)
-    readme = next(block for block in python_blocks("README.md") if "loss_at_order_1" in block)
-    exec(readme, alone)
-    at_order_1 = alone["loss_at_order_1"](lambda x_t, t: v(x_t) * t.view(-1, 1, 1, 1), x, z, t, t / 16 + 1e-3)
-    assert_close(at_order_1, sum(parts).mean())
+    layer, (x, z), t = nn.Conv2d(1, 1, 3, padding=1), torch.randn(2, 6, 1, 5, 5), torch.linspace(1e-5, 1, 6)
+
+    def v(x_t, t):
+        return layer(x_t) * t.view(-1, 1, 1, 1)
+
+    parts = alone["catch_up_loss"](lambda x_t, t: v(x_t, t)[None], x, z, t, t / 16 + 1e-3)
+    exec(next(block for block in python_blocks("README.md") if "loss_at_order_1" in block), alone)
+    assert_close(alone["loss_at_order_1"](v, x, z, t, t / 16 + 1e-3), sum(parts).mean())
 
     alone, (c, h, w) = {"torch": torch, "nn": nn, "F": F, "math": math}, script.IMAGE
     alone["nullcontext"] = nullcontext
