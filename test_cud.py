@@ -9,6 +9,7 @@ import ast
 import copy
 import csv
 import difflib
+import functools
 import gc
 import gzip
 import hashlib
@@ -21,7 +22,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -57,7 +57,6 @@ CPU = torch.device("cpu")
 TINY = shlex.split("--data glyphs --channels 8 --multipliers 1 2 --blocks 1 --batch-size 8 --fid-samples 0 "
                    "--steps 2")
 QUICK = shlex.split("--quick --iterations 30 --multipliers 1 2 --one-step-iterations 4 --one-step-pairs 30")
-LONG = ("--iterations", "100000", "--checkpoint-every", "100000")
 
 
 class Payload:
@@ -75,22 +74,29 @@ def elsewhere(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True, scope="session")
 def small():
-    """600 drawn digits are plenty here, and a little training for their classifier."""
-    full = common.drawn_digits
+    """600 drawn digits are plenty here, drawn once, and a little training for their classifier."""
+    draw = functools.cache(common.drawn_digits)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "drawn_digits", lambda n, shape, seed=0: full(min(n, 600), shape, seed))
+        patch.setattr(common, "drawn_digits", lambda n, shape, seed=0: draw(min(n, 600), shape, seed))
         for script in SCRIPTS:
             patch.setattr(script, "CLASSIFIER_BATCHES", 60)
         yield
 
 
-def run(*flags, capsys=None):
-    """cud_mnist's main() in this process; returns the exit status and the lines on stderr."""
+@pytest.fixture
+def small_images(monkeypatch):
+    """The scripts learn images of 16x16."""
+    for script in SCRIPTS:
+        monkeypatch.setattr(script, "IMAGE", (script.IMAGE[0], 16, 16))
+
+
+def run(*flags, script=cud_mnist, capsys=None):
+    """The script's main() in this process; returns the exit status and the lines on stderr."""
     if capsys:
         capsys.readouterr()
     try:
-        status = cud_mnist.main([*TINY, *flags])
-    except SystemExit as left:  # argparse's
+        status = script.main([*TINY, *flags])
+    except SystemExit as left:  # argparse's, or a signal's
         status = left.code
     return status, capsys.readouterr().err.splitlines() if capsys else None
 
@@ -117,11 +123,13 @@ def dummy(script, classes=1):
     return common.Data(image, label, "", [str(i) for i in range(classes)], "0" * 64)
 
 
+def files():
+    """What the files here hold."""
+    return {file: file.read_bytes() for file in Path().rglob("*") if file.is_file()}
+
+
 def refused(call, *said):
     """call() raises an InputError of one line that says all of `said`, and changes no file."""
-    def files():
-        return {file: file.read_bytes() for file in Path().rglob("*") if file.is_file()}
-
     before = files()
     with pytest.raises(common.InputError) as error:
         call()
@@ -161,45 +169,27 @@ def same(path, other):
         torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in zip(a, b))
 
 
-SCRIPT = """import sys, common, {0} as script
-script.LOG_EVERY, full = 4, common.drawn_digits
+KILL = "signal.raise_signal(signal.SIGKILL)"
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+SCRIPT = """import os, signal, sys, common, {0} as script
+script.IMAGE, script.LOG_EVERY = {1}, 4
+full, draw, at = common.drawn_digits, script.CatchUp.draw, {2}
 common.drawn_digits = lambda n, shape: full(600, shape)
-{1}
+script.CatchUp.draw = lambda stage, i: (exec(at.get((script.RANK, i), "")), draw(stage, i))[1]
 sys.exit(script.main(sys.argv[1:]))
 """
 
 
-def start(*flags, launcher=(), script="cud_mnist", before="pass", **variables):
-    """The script in a process of its own, with 600 digits and a row of metrics.csv every 4 iterations.
+def start(*flags, launcher=(), script=cud_mnist, at=None, **variables):
+    """The script in a process of its own, with a row of metrics.csv every 4 iterations.
 
-    before: a statement that it runs first; variables: of its environment.
+    at: {(rank, i): a statement that this rank executes before iteration i}; variables: of its environment.
     """
-    Path("go.py").write_text(SCRIPT.format(script, before))
-    env = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", **variables}
+    Path("go.py").write_text(SCRIPT.format(script.__name__, script.IMAGE, at or {}))
+    threads = str(torch.get_num_threads())  # or the last bits would differ
+    env = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": threads, **variables}
     return subprocess.Popen([sys.executable, *launcher, "go.py", *TINY, *flags], env=env, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def start_two(*flags, own=((), ()), **options):
-    """Two ranks as a scheduler starts them, without torchrun, which would end one after the other."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    both = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    return [start(*flags, *own[i], **both, RANK=str(i), LOCAL_RANK=str(i), **options) for i in range(2)]
-
-
-def wait_for(process, condition, seconds=120):
-    limit = time.time() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.time() < limit
-        time.sleep(0.002)
-
-
-def has_rows(path, n):
-    """A condition: the log has n rows or more."""
-    return lambda: Path(path).exists() and len(Path(path).read_text().splitlines()) > n
 
 
 # --------------------------------------------------------------------------------------------------- solvers
@@ -1248,7 +1238,6 @@ def test_statistics_that_cannot_be_are_refused(arrays, message):
 SMALL = shlex.split("--channels 4 --multipliers 1 2 --blocks 1 --batch-size 4 --iterations 2 --fid-samples 0 "
                     "--data glyphs")
 JUDGED = shlex.split("--features classifier --fid-samples 230 --steps 1")
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 MNIST = Path("runs/mnist")
 
 
@@ -1268,17 +1257,14 @@ def states(saved):
     return saved["optimizer"]["state"].values()
 
 
-def before_draw(monkeypatch, act):
+def before_draw(monkeypatch, act, stage=cud_mnist.CatchUp):
     """Call act(i) before iteration i of a training."""
-    draw = cud_mnist.CatchUp.draw
-    monkeypatch.setattr(cud_mnist.CatchUp, "draw", lambda stage, i: (act(i), draw(stage, i))[1])
+    draw = stage.draw
+    monkeypatch.setattr(stage, "draw", lambda self, i: (act(i), draw(self, i))[1])
 
 
 def left_alone(capsys, said, *flags):
     """A run with these flags is refused in one line that says this, and changes no file."""
-    def files():
-        return {file: file.read_bytes() for file in Path().rglob("*") if file.is_file()}
-
     before = files()
     status, err = run(*flags, capsys=capsys)
     assert status == 2 and len(err) == 1 and said in err[0] and before == files(), err
@@ -1579,7 +1565,7 @@ def test_warm_up_ema_decay_and_log_rows(monkeypatch):
     assert rows["lr"] == pytest.approx(warm + [0.01] * 28, rel=1e-5)
     assert rows["iteration"] == list(range(1, 31)) and rows["images"] == list(range(8, 248, 8))
     assert decays[:30] == pytest.approx([0.0] + [min(0.6, (1 + i) / (10 + i)) for i in range(1, 30)])
-    before_draw(monkeypatch, lambda i: os.kill(os.getpid(), signal.SIGTERM) if i == 32 else None)
+    before_draw(monkeypatch, lambda i: signal.raise_signal(signal.SIGTERM) if i == 32 else None)
     assert run("--iterations", "1000", *flags)[0] == 143
     assert table(MNIST / "metrics.csv")["lr"] == pytest.approx(warm + [0.01] * 31, rel=1e-5)  # no new warm-up
 
@@ -1625,33 +1611,22 @@ def test_one_step_pairs_keep_their_class(monkeypatch):
 
 # ------------------------------------------------------------- killed, signalled, accumulated, on two ranks
 
-SLOWLY = """import time
-def slow(draw):
-    return lambda *of: (time.sleep(0.1), draw(*of))[1]
-for stage in (script.CatchUp, script.OneStep):
-    stage.draw = slow(stage.draw)
-"""
-
-
 @pytest.mark.parametrize("script, more", [
-    ("cud_mnist", "--coupling learned --target ema"), ("cud_imagenet64", "--attention 32")])
-def test_a_run_killed_and_continued_equals_one_never_stopped(script, more):
+    (cud_mnist, "--coupling learned --target ema"), (cud_imagenet64, "--attention 8")])
+def test_a_run_killed_and_continued_equals_one_never_stopped(script, more, small_images, monkeypatch):
+    monkeypatch.setattr(script, "LOG_EVERY", 4)
     flags = shlex.split(f"--rk-order 3 --dropout 0.3 --iterations 20 --checkpoint-every 9 --one-step {more} "
                         "--one-step-iterations 6 --one-step-pairs 20")
-    whole = start(*flags, "--run-dir", "whole", script=script)
-    killed = start(*flags, "--run-dir", "killed", script=script, before=SLOWLY)
-    wait_for(killed, has_rows("killed/metrics.csv", 4))  # of iterations 4, 8, 9 and 12
-    killed.kill()  # between the checkpoints of iterations 9 and 18
-    killed.wait()
-    assert iteration("killed/checkpoint.pt") == 9
-    asked = start("--run-dir", "killed", script=script, before=SLOWLY)  # then SIGTERM in the one-step stage
-    wait_for(asked, has_rows("killed/one_step_metrics.csv", 4))
-    asked.terminate()
-    out, err = asked.communicate()
-    assert asked.returncode == 143 and "stopped; killed keeps iteration" in out, (out, err)
-    assert 12 <= iteration("killed/one_step_checkpoint.pt") < 18
-    last = start(*flags, "--run-dir", "killed", script=script)
-    assert last.wait() == whole.wait() == 0, (last.communicate(), whole.communicate())
+    killed = start(*flags, "--run-dir", "killed", script=script, at={(0, 14): KILL})
+    assert run(*flags, "--run-dir", "whole", script=script)[0] == 0
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL and iteration("killed/checkpoint.pt") == 9
+    assert table("killed/metrics.csv")["iteration"] == [4, 8, 9, 12]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="143"):  # then in the one-step stage
+        before_draw(patch, lambda i: signal.raise_signal(signal.SIGTERM) if i == 13 else None, script.OneStep)
+        script.main(["--run-dir", "killed"])
+    assert iteration("killed/one_step_checkpoint.pt") == 14
+    assert run(*flags, "--run-dir", "killed", script=script)[0] == 0
     for folder in ("whole", "killed"):  # the stop added a row
         spoil(f"{folder}/one_step_checkpoint.pt", lambda saved: saved.pop("rows"))
     for name in ("checkpoint.pt", "one_step_checkpoint.pt", "model.pt", "one_step.pt"):
@@ -1689,20 +1664,19 @@ def test_a_signal_saves_a_second_ctrl_c_interrupts_and_nohup_goes_on(name, statu
 
 
 @pytest.mark.parametrize("script, more", [
-    (cud_mnist, "--iterations 40 --solver ab2"), (cud_imagenet64, "--iterations 8 --attention 32 --no-flip")])
-def test_accumulation_and_two_ranks_equal_one(script, more, monkeypatch):
+    (cud_mnist, "--iterations 40 --solver ab2"), (cud_imagenet64, "--iterations 16 --attention 8 --no-flip")])
+def test_accumulation_and_two_ranks_equal_one(script, more, small_images, monkeypatch):
     monkeypatch.setattr(script, "LOG_EVERY", 4)
-    flags = [*TINY, *shlex.split("--rk-order 2 --dropout 0 --lr 3e-3 --ema-decay 0.9"), *shlex.split(more)]
-    assert script.main([*flags, "--run-dir", "1"]) == 0
+    flags = shlex.split(f"--rk-order 2 --dropout 0 --lr 3e-3 --ema-decay 0.9 {more}")
+    assert run(*flags, "--run-dir", "1", script=script)[0] == 0
     before = torch.load("1/checkpoint.pt")["optimizer"]["state"]
     for name in ("2", "ranks"):  # one more iteration, from weights that have left their near-zero start
         shutil.copytree("1", name)
     end = int(flags[flags.index("--iterations") + 1]) + 1
     flags += ["--iterations", str(end), "--save-samples", "70"]
-    process = start(*flags, "--run-dir", "ranks", "--accumulate", "2", script=script.__name__,
-                    launcher=TORCHRUN)
+    process = start(*flags, "--run-dir", "ranks", "--accumulate", "2", script=script, launcher=TORCHRUN)
     for parts in ("1", "2"):
-        assert script.main([*flags, "--run-dir", parts, "--accumulate", parts]) == 0
+        assert run(*flags, "--run-dir", parts, "--accumulate", parts, script=script)[0] == 0
     out, err = process.communicate()
     assert process.returncode == 0 and out.count(f"iterations {end - 1} to {end}") == 1, (out, err)
     rows, states, samples = {}, {}, {}
@@ -1722,40 +1696,16 @@ def test_accumulation_and_two_ranks_equal_one(script, more, monkeypatch):
         assert abs(samples[name] - samples["1"]).max() <= 2 and samples["1"].std() > 10
 
 
-def test_a_rank_that_is_killed_ends_the_others():
-    one, two = start_two(*LONG)
-    wait_for(one, has_rows(MNIST / "metrics.csv", 2))
-    two.kill()
-    out, err = one.communicate(timeout=120)
-    assert one.returncode not in (0, 143) and "Traceback" in err, (out, err)
-
-
 def test_a_signal_to_one_rank_or_to_torchrun_saves_once():
-    one, two = start_two(*LONG)
-    wait_for(one, has_rows(MNIST / "metrics.csv", 2))
-    two.terminate()
-    (out, err), (silent, _) = one.communicate(timeout=60), two.communicate(timeout=60)
-    assert one.returncode == two.returncode == 143, (out, err)
-    assert out.count("stopped; runs/mnist keeps iteration") == 1 and not silent, (out, silent)
-    stopped = iteration(MNIST / "checkpoint.pt")
-    assert stopped >= 10 and stopped % 10 == 0
-    process = start(*LONG, launcher=TORCHRUN)
-    wait_for(process, has_rows(MNIST / "metrics.csv", stopped // 4 + 3))
-    process.terminate()
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 1 and out.count("stopped; runs/mnist keeps iteration") == 1, (out, err)
-    assert f"iterations {stopped} to 100,000" in out and iteration(MNIST / "checkpoint.pt") > stopped
-
-
-def test_ranks_whose_folders_differ_say_so():
-    assert run("--iterations", "4", "--run-dir", "one")[0] == 0
-    both = start_two("--iterations", "8", own=(("--run-dir", "one"), ("--run-dir", "none")))
-    for process, folder in zip(both, ("one", "none")):
+    flags = ("--iterations", "100", "--checkpoint-every", "100")
+    for first, at, last in ((0, (1, 12), 20), (20, (0, 25), 40)):  # every tenth iteration looks
+        number = "os.getpid()" if first == 0 else "os.getppid()"  # the second rank's own, or torchrun's
+        process = start(*flags, launcher=TORCHRUN, at={at: f"os.kill({number}, signal.SIGTERM)"})
         out, err = process.communicate(timeout=120)
-        said = [line for line in err.splitlines() if line.startswith("cud_mnist.py: error: ")]
-        assert process.returncode == 2 and "Traceback" not in err, (out, err)
-        assert len(said) == 1 and f"the ranks find different checkpoints in {folder}" in said[0]
-    assert iteration("one/checkpoint.pt") == 4 and not Path("none/checkpoint.pt").exists()
+        stopped = iteration(MNIST / "checkpoint.pt")
+        assert process.returncode == 1 and f"iterations {first} to 100" in out, (out, err)
+        assert out.count(f"stopped; runs/mnist keeps iteration {stopped}") == 1, (out, err)
+        assert first < stopped <= last and stopped % 10 == 0
 
 
 def test_what_a_kill_or_a_full_disk_leaves_goes_on(capsys):
@@ -1986,9 +1936,13 @@ def test_bad_flags_get_one_line(flags, message, monkeypatch, capsys):
     assert os.listdir() == ["taken"] and Path("taken").read_text()
 
 
-def test_ranks_must_divide_the_batch(monkeypatch, capsys):
-    monkeypatch.setattr(cud_mnist, "WORLD", 3)
-    left_alone(capsys, "--batch-size 8 is not divisible by 3 ranks")
+def test_ranks_divide_the_batch_and_find_one_checkpoint(monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(cud_mnist, "WORLD", 3)
+        left_alone(capsys, "--batch-size 8 is not divisible by 3 ranks")
+    assert run("--iterations", "2")[0] == 0
+    monkeypatch.setattr(cud_mnist, "all_reduce", lambda tensor: tensor + 1)  # one that another rank has not
+    left_alone(capsys, "the ranks find different checkpoints in runs/mnist", "--iterations", "4")
 
 
 def test_a_second_training_and_bad_checkpoints_are_refused_and_left_alone(capsys):
@@ -2247,20 +2201,16 @@ def test_gpu_iterations_do_not_wait(script, monkeypatch):
 def test_gpu_run_killed_and_continued():
     flags = ("--iterations", "24", "--checkpoint-every", "9", "--rk-order", "2", "--compile", "off")
     assert start(*flags, "--run-dir", "whole").wait() == 0
-    killed = start(*flags, "--run-dir", "killed")
-    wait_for(killed, lambda: Path("killed/checkpoint.pt").exists() and has_rows("killed/metrics.csv", 3)())
-    killed.kill()
-    killed.wait()
+    assert start(*flags, "--run-dir", "killed", at={(0, 14): KILL}).wait() == -signal.SIGKILL
     assert start(*flags, "--run-dir", "killed").wait() == 0
     same_logs("killed", "whole", 0.02)  # atomic sums differ
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
 def test_gpu_torchrun_over_nccl():
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     flags = ("--iterations", "12", "--dropout", "0", "--amp", "off")
     assert start(*flags, "--run-dir", "one", CUDA_VISIBLE_DEVICES="0").wait() == 0
-    assert start(*flags, "--run-dir", "two", launcher=launcher).wait() == 0
+    assert start(*flags, "--run-dir", "two", launcher=TORCHRUN).wait() == 0
     same_logs("two", "one", 0.01)
 
 
