@@ -78,7 +78,7 @@ def small():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "drawn_digits", lambda n, shape, seed=0: draw(min(n, 600), shape, seed))
         for script in SCRIPTS:
-            patch.setattr(script, "CLASSIFIER_BATCHES", 60)
+            patch.setattr(script, "CLASSIFIER_BATCHES", 30)
         yield
 
 
