@@ -1381,6 +1381,7 @@ def test_one_step_pairs_and_loss(script, small_images, monkeypatch):
         nn.init.normal_(network.heads[0][2].weight, std=0.1)
     else:
         network, classes = small_adm(), (5,)
+        network.heads[0][2].weight.data *= 20  # or the targets would hardly differ
     noise, targets, *told = script.one_step_pairs(args, network.first_head, *classes, CPU)
     assert targets.shape == (8, 3, *script.IMAGE) and all(len(labels.unique()) > 1 for labels in told)
     x, hats = noise, []
