@@ -73,7 +73,8 @@ def elsewhere(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True, scope="session")
 def small():
-    """600 drawn digits are plenty here, drawn once, and a little training for their classifier."""
+    """600 drawn digits, drawn once, a little training for their classifier, and one thread are plenty."""
+    torch.set_num_threads(1)  # as start() gives to its processes, or the last bits would differ
     draw = functools.cache(common.drawn_digits)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "drawn_digits", lambda n, shape, seed=0: draw(min(n, 600), shape, seed))
@@ -176,8 +177,7 @@ def start(*flags, launcher=(), script=cud_mnist, at=None, **variables):
     at: {(rank, i): a statement that this rank executes before iteration i}; variables: of its environment.
     """
     Path("go.py").write_text(SCRIPT.format(script.__name__, script.IMAGE, at or {}))
-    threads = str(torch.get_num_threads())  # or the last bits would differ
-    env = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": threads, **variables}
+    env = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", **variables}
     return subprocess.Popen([sys.executable, *launcher, "go.py", *TINY, *flags], env=env, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
