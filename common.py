@@ -14,6 +14,7 @@ import tarfile
 import time
 import urllib.request
 import zipfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from http.client import HTTPException
@@ -378,7 +379,7 @@ def read_pictures(listed, shape, keep):
     Returns their labels [N], a text about them, the names of the classes, and the files left out.
     """
     found, read, left_out, about = listed
-    names, labels, sizes = list(found), [], set()
+    names, labels, sizes = list(found), [], Counter()
 
     def make(name):
         try:
@@ -400,7 +401,8 @@ def read_pictures(listed, shape, keep):
         classes, labels = np.unique(labels, return_inverse=True)
     else:  # numbers of dataset.json, which stay as they are
         classes = range(max(labels) + 1)
-    if others := sorted(sizes - {(shape[2], shape[1])}):
+    others = [size for size, _ in sizes.most_common() if size != (shape[2], shape[1])]
+    if others:
         about += f", resized (box, bicubic) from {others[0][0]}x{others[0][1]}"
         about += " and others" if len(others) > 1 else ""
     return np.array(labels), about, [str(name) for name in classes], left_out

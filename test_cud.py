@@ -1044,6 +1044,7 @@ def test_photographs_of_any_size_are_resized_and_unfit_ones_named(script):
     Image.fromarray(photo.transpose(1, 0, 2)).save("photos/dog/high.bmp")
     opaque = Image.new("RGBA", (64, 64), (9, 9, 9, 255))
     opaque.save("photos/dog/opaque.png")
+    opaque.save("photos/dog/opaque_too.png")  # so this size is the most common
     unfit = {"deep.png": (Image.fromarray(np.full((64, 64), 40_000, np.uint16)), "more than 8 bits"),
              "ink.png": (Image.new("LA", (64, 64), (0, 0)), "transparent"),
              "palette.png": (Image.new("P", (64, 64)), "transparent"),
@@ -1055,14 +1056,14 @@ def test_photographs_of_any_size_are_resized_and_unfit_ones_named(script):
     else:
         data = script.load_data(script.parse_args(["--data", "photos"]))
     channels, height, width = script.IMAGE
-    wide, high, plain = data.images.float()
+    wide, high, *plain = data.images.float()
     half = torch.zeros(height, width)
     half[:, width // 2:] = 200
-    assert data.labels.tolist() == [0, 1, 1] and (plain == 9).all()
+    assert data.labels.tolist() == [0, 1, 1, 1] and (torch.stack(plain) == 9).all()
     for got, expected in ((wide, half), (high, half.T)):
         error = (got - expected).abs()
         assert error.max() <= 200 and error.mean() < 4 and got.shape == (channels, height, width)
-    found = f"3 pictures in photos, resized (box, bicubic) from {'256x500' if height == 64 else '64x64'}"
+    found = f"4 pictures in photos, resized (box, bicubic) from {'500x256' if height == 64 else '64x64'}"
     assert data.found().startswith(f"{found} and others; 2 classes: 0 cat, 1 dog; 4 files left out: cat/deep")
     for line, (name, (_, words)) in zip(data.left_out, unfit.items(), strict=True):
         assert line.startswith(f"cat/{name} (") and words in line
@@ -1462,8 +1463,8 @@ def test_pictures_alone_need_no_data(script, monkeypatch, capsys):
 
 
 def test_a_student_belongs_to_the_model_it_has_learnt_from(capsys):
-    one = ("--one-step", "--one-step-iterations", "1", "--one-step-pairs")
-    assert run(*one, "9", "--iterations", "2", "--no-one-step")[0] == 0
+    one = ("--one-step", "--one-step-iterations", "1", "--one-step-lr", "0.05", "--one-step-pairs")
+    assert run(*one, "9", "--iterations", "2", "--no-one-step", "--ema-decay", "0")[0] == 0
     assert run(*one, "4")[0] == 0  # free until the student has begun
     left_alone(capsys, "--one-step-pairs 4, not 5", *one, "5")
     for words in ("--no-one-step", "one_step files"):
@@ -2270,9 +2271,9 @@ def test_readme_python_blocks_run(quick, monkeypatch, capsys):
     blocks = python_blocks("README.md") + python_blocks("assets/results.md")
     for block in blocks:
         exec(compile(block.replace('"assets/', f'"{HERE}/assets/'), "README.md", "exec"), {})
-    assert len(blocks) == 6 and Path("samples.png").exists()
+    assert len(blocks) == 6 and Path("runs/samples.png").exists()
     out = capsys.readouterr().out
-    assert float(re.search(r"^4 steps mean distance from the circle (\S+)$", out, re.M)[1]) < 0.15
+    assert float(re.search(r"^4 steps mean distance from the circle (\S+)$", out, re.M)[1]) < 0.25
     lines = [line for line in out.splitlines() if line.startswith("short ")]
     assert lines == [f"short FD (classifier) {n} model EMA 1 euler 1 {value} ± 0.0; n = 1"
                      for n, value in ((300, "7.0"), (400, "1000000000.0"))]
