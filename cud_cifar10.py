@@ -459,8 +459,10 @@ class CatchUp(nn.Module):
         torch.manual_seed(args.seed)
         try:
             if (args.init and not done) or (args.teacher and done < args.iterations):  # else not needed
-                self.definition["teacher" if args.teacher else "init"] = common.sha256(file)
-                source = load_model(file)
+                kind = "teacher" if args.teacher else "init"
+                with common.reading(f"--{kind} {file}", "the training needs it"):
+                    os.stat(file)
+                self.definition[kind], source = common.sha256(file), load_model(file)
                 network = begin_from(source, max(1, args.rk_order), args.dropout)
             else:
                 network = UNet(**shape, channels=args.channels, blocks=args.blocks,
