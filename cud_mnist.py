@@ -313,8 +313,8 @@ def prepare(network, args, device):
 
 def compile_network(network, args, device):
     """torch.compile in place, which leaves the names of the weights as they are."""
-    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)  # Triton needs that
-    if args.compile == "on" or (args.compile == "auto" and able):
+    newer = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)  # as Triton needs
+    if args.compile == "on" or (args.compile == "auto" and newer):
         torch._dynamo.config.cache_size_limit = 64  # networks, batch sizes and heads share one forward()
         torch._inductor.config.force_layout_optimization = True  # concatenations would end channels_last
         network.compile(dynamic=False)
@@ -1049,7 +1049,7 @@ def parse_args(argv=None):
     weight = number(float, lambda x: 0 <= x < math.inf, "0 or more")
     share = number(float, lambda x: 0 <= x < 1, "from 0 to below 1")
     targets = ["online", "ema", "consistency", "progressive"]
-    modes = ["legacy_tensorflow", "clean"]
+    modes, switch = ["legacy_tensorflow", "clean"], ["auto", "on", "off"]
 
     flag = parser.add_argument_group("run").add_argument
     flag("--quick", action=yes_no, default=False, help="drawn digits, a small network: all code in minutes")
@@ -1062,8 +1062,8 @@ def parse_args(argv=None):
     flag("--split", choices=["train", "test"], default="train", help="the part to train on and compare with")
 
     flag = parser.add_argument_group("machine (may change later)").add_argument
-    flag("--amp", choices=["auto", "on", "off"], default="auto", help="bfloat16; auto: on GPUs that have it")
-    flag("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile; auto: new GPUs")
+    flag("--amp", choices=switch, default="auto", help="bfloat16; auto: on GPUs that have it")
+    flag("--compile", choices=switch, default="auto", help="torch.compile; auto: on GPUs since Volta (2017)")
     flag("--accumulate", type=count, default=1, help="parts a rank's batch is split into, to save memory")
     flag("--checkpoint-every", type=count, default=5_000, help="iterations; a sample grid comes with each")
     flag("--evaluate-every", type=count, help="iterations; keeps model_NNNNNNN.pt; unset: only at the end")
@@ -1172,10 +1172,11 @@ def main(argv=None):
     """The command line; returns the exit status, which is 2 after an InputError."""
     try:
         args = parse_args(argv)
-        device, data, done = start(args.device), None, False if args.model else iterations_done(args)
+        device, data = start(args.device), None
         if device.type == "cuda" and args.compile == "auto" and torch.cuda.get_device_capability() < (7, 0):
-            say("This GPU is too old for torch.compile, so the training is slower; it does without.")
-        if (args.fid_samples and not args.reference) or not (args.model or done >= args.iterations):
+            say("This GPU is too old for torch.compile; the training is slower without it.")
+        trains = not args.model and iterations_done(args) < args.iterations
+        if trains or (args.fid_samples and not args.reference):
             with rank_zero_first():
                 data = load_data(args)
             say(data.found())
