@@ -2227,7 +2227,7 @@ def readme_bash(of_results):
 
 def commands(text):
     """(script, flags) of the commands in a text for bash, loops and variables expanded by bash."""
-    show = 'python() { printf "%q " "$@"; echo; }; torchrun() { python "$@"; }; pip() { :; }\n'
+    show = 'python() { printf "%q " "$@"; echo; }; torchrun() { python "$@"; }; pip() { :; }; cp() { :; }\n'
     command = ["bash", "-euc", show + text]
     for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines():
         found = re.search(r"(cud_\w+)\.py(.*)", line)
@@ -2269,7 +2269,7 @@ def test_readme_python_blocks_run(quick, monkeypatch, capsys):
     np.savez("runs/mnist/samples.npz", arr_0=np.zeros((3, 28, 28, 1), np.uint8))
     row = results("runs/short-0")[0]
     with open("runs/short-0/results.jsonl", "w") as file:  # of an earlier checkpoint, and of more samples
-        for change in ({"images_seen": 8, "value": 9e9}, {"n": 400, "value": 1e9}, {}, {"value": 7}):
+        for change in ({}, {"value": 7}, {"n": 400, "value": 1e9}, {"images_seen": 8, "value": 9e9}):
             file.write(json.dumps(row | change) + "\n")
     blocks = python_blocks("README.md") + python_blocks("assets/results.md")
     for block in blocks:
