@@ -72,6 +72,10 @@ def save(write, path):
             beside.unlink()
 
 
+def save_text(text, path):
+    save(lambda file: file.write(text.encode()), path)
+
+
 def save_pt(content, path):
     save(lambda file: torch.save(content, file), path)
 
@@ -93,8 +97,7 @@ def load_pt(path, keys, remedy):
 
 def sha256(path):
     """The first 12 digits of a file's SHA-256."""
-    with reading(path, "give another file"):
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
 
 
 def download(urls, path, md5=None):
@@ -454,7 +457,7 @@ def read_into(cache, path, shape):
         np.save(cache / "labels.npy", labels)
     about = dict(data=path, kind=kind, n=len(labels), shape=shape, classes=classes, left_out=left_out,
                  sha256=digest.hexdigest())
-    save(lambda file: file.write(json.dumps(about, indent=1).encode()), cache / "about.json")
+    save_text(json.dumps(about, indent=1), cache / "about.json")
 
 
 def load_imagenet(path, cache, shape):

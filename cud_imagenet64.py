@@ -500,8 +500,8 @@ class CatchUp(nn.Module):
             if (args.init and not done) or (args.teacher and done < args.iterations):  # else not needed
                 kind = "teacher" if args.teacher else "init"
                 with common.reading(f"--{kind} {file}", "the training needs it"):
-                    os.stat(file)
-                self.definition[kind], source = common.sha256(file), load_model(file)
+                    self.definition[kind] = common.sha256(file)
+                source = load_model(file)
                 if source.config["classes"] != classes:
                     raise InputError(f"{file} knows {source.config['classes']} classes, not {classes}")
                 network = begin_from(source, max(1, args.rk_order), args.dropout)
@@ -622,13 +622,12 @@ def save_log(stage, rows, run):
     """Write the rows of a log as metrics.csv, and draw what is above 0 in its columns as metrics.svg."""
     table = [list(rows[-1])] + [[row.get(name, "") for name in rows[-1]] for row in rows]
     text = "".join(",".join(map(str, cells)) + "\n" for cells in table)
-    common.save(lambda file: file.write(text.encode()), run / f"{stage.name}metrics.csv")
+    common.save_text(text, run / f"{stage.name}metrics.csv")
     lines = {}
     for name in stage.columns:
         if line := [(row["images"], row[name]) for row in rows if row.get(name, 0) > 0]:
             lines[name] = line
-    chart = common.line_chart(lines, "images seen", "mean")
-    common.save(lambda file: file.write(chart.encode()), run / f"{stage.name}metrics.svg")
+    common.save_text(common.line_chart(lines, "images seen", "mean"), run / f"{stage.name}metrics.svg")
 
 
 def log_row(stage, args, lr, log, done, seconds):
@@ -1043,6 +1042,7 @@ def evaluate(networks, args, device, data):
     if args.features == "inception":
         figure = "FID" if args.fid_samples >= 50_000 else f"FID-{args.fid_samples / 1000:g}k"
     seen = networks["model"].images_seen
+    digests = {weights: common.sha256(network.source) for weights, network in networks.items()}
     say(f"{figure} of {args.fid_samples:,} samples of drawn classes to {about}; lower is better. Features "
         f"{name}, EMA weights, seed {args.sample_seed}, {seen:,} images seen.\n"
         f"{'weights':10}{'head':6}{'solver':8}{'NFE':>6}{figure:>18}{'straightness':>14}{'right class':>13}")
@@ -1060,7 +1060,7 @@ def evaluate(networks, args, device, data):
             f"{'' if bend is None else f'{bend:.5f}':>14}{'' if share is None else f'{share:.1%}':>13}")
         row = dict(figure=figure, n=args.fid_samples, features=name, reference=about, reference_sha256=digest,
                    seed=args.sample_seed, images_seen=seen, weights=f"{weights} EMA", head=network.head,
-                   model_sha256=common.sha256(network.source), solver=solver, steps=steps, nfe=nfe,
+                   model_sha256=digests[weights], solver=solver, steps=steps, nfe=nfe,
                    tolerance=None if steps else args.tolerance, value=value, straightness=bend,
                    right_class=share, floor=real["floor"], noise=real["noise"], torch=torch.__version__,
                    device=str(device))
@@ -1131,8 +1131,7 @@ def save_config(args, device):
     about = dict(args={name: value for name, value in vars(args).items() if name not in OF_ONE_COMMAND},
                  script=Path(__file__).name, image=IMAGE, commit=commit, python=platform.python_version(),
                  torch=torch.__version__, numpy=np.__version__, device=f"{WORLD} x {device.type} {chip}")
-    text = json.dumps(about, indent=1)
-    common.save(lambda file: file.write(text.encode()), Path(args.run_dir) / "config.json")
+    common.save_text(json.dumps(about, indent=1), Path(args.run_dir) / "config.json")
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):

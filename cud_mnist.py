@@ -30,7 +30,7 @@ unless you ask for one with --teacher or --one-step (paper: arXiv 2305.10769).
     python cud_mnist.py --rk-order 3 --one-step     the paper's recipe for MNIST as RK34, then one step
     python cud_mnist.py --steps 1 2 4 8 15          evaluates that run (or first goes on with it)
 
-Measured (README: small network, three seeds, commands; no FID): FD (classifier) at 4 Euler steps is 51 for
+Measured (assets/results.md: small network, three seeds; no FID): FD (classifier) at 4 Euler steps is 51 for
 rectified flow. For the same compute it is 35 with --rk-order 1, 25 with --step-rule proportional added.
 """
 import argparse
@@ -461,8 +461,8 @@ class CatchUp(nn.Module):
             if (args.init and not done) or (args.teacher and done < args.iterations):  # else not needed
                 kind = "teacher" if args.teacher else "init"
                 with common.reading(f"--{kind} {file}", "the training needs it"):
-                    os.stat(file)
-                self.definition[kind], source = common.sha256(file), load_model(file)
+                    self.definition[kind] = common.sha256(file)
+                source = load_model(file)
                 network = begin_from(source, max(1, args.rk_order), args.dropout)
             else:
                 network = UNet(**shape, channels=args.channels, blocks=args.blocks,
@@ -562,13 +562,12 @@ def save_log(stage, rows, run):
     """Write the rows of a log as metrics.csv, and draw what is above 0 in its columns as metrics.svg."""
     table = [list(rows[-1])] + [[row.get(name, "") for name in rows[-1]] for row in rows]
     text = "".join(",".join(map(str, cells)) + "\n" for cells in table)
-    common.save(lambda file: file.write(text.encode()), run / f"{stage.name}metrics.csv")
+    common.save_text(text, run / f"{stage.name}metrics.csv")
     lines = {}
     for name in stage.columns:
         if line := [(row["images"], row[name]) for row in rows if row.get(name, 0) > 0]:
             lines[name] = line
-    chart = common.line_chart(lines, "images seen", "mean")
-    common.save(lambda file: file.write(chart.encode()), run / f"{stage.name}metrics.svg")
+    common.save_text(common.line_chart(lines, "images seen", "mean"), run / f"{stage.name}metrics.svg")
 
 
 def log_row(stage, args, lr, log, done, seconds):
@@ -948,6 +947,7 @@ def evaluate(networks, args, device, data):
     if args.features == "inception":
         figure = "FID" if args.fid_samples >= 50_000 else f"FID-{args.fid_samples / 1000:g}k"
     seen = networks["model"].images_seen
+    digests = {weights: common.sha256(network.source) for weights, network in networks.items()}
     say(f"{figure} of {args.fid_samples:,} samples to {about}; lower is better. Features {name}, EMA weights,"
         f" seed {args.sample_seed}, {seen:,} images seen.\n"
         f"{'weights':10}{'head':6}{'solver':8}{'NFE':>6}{figure:>18}{'straightness':>14}")
@@ -962,7 +962,7 @@ def evaluate(networks, args, device, data):
             + (f"{bend:14.5f}" if bend is not None else ""))
         row = dict(figure=figure, n=args.fid_samples, features=name, reference=about, reference_sha256=digest,
                    seed=args.sample_seed, images_seen=seen, weights=f"{weights} EMA", head=network.head,
-                   model_sha256=common.sha256(network.source), solver=solver, steps=steps, nfe=nfe,
+                   model_sha256=digests[weights], solver=solver, steps=steps, nfe=nfe,
                    tolerance=None if steps else args.tolerance, value=value, straightness=bend,
                    floor=real["floor"], noise=real["noise"], torch=torch.__version__, device=str(device))
         if RANK == 0:
@@ -1030,8 +1030,7 @@ def save_config(args, device):
     about = dict(args={name: value for name, value in vars(args).items() if name not in OF_ONE_COMMAND},
                  script=Path(__file__).name, image=IMAGE, commit=commit, python=platform.python_version(),
                  torch=torch.__version__, numpy=np.__version__, device=f"{WORLD} x {device.type} {chip}")
-    text = json.dumps(about, indent=1)
-    common.save(lambda file: file.write(text.encode()), Path(args.run_dir) / "config.json")
+    common.save_text(json.dumps(about, indent=1), Path(args.run_dir) / "config.json")
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
