@@ -543,47 +543,41 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7
            "#999933", "#8b4513")
 
 
-def line_chart(lines, x_label, y_label, x_ticks=None):
-    """An SVG, as text, of lines {name: [(x, y) or (x, y, spread), ...]}, y > 0 on a logarithmic axis.
+def line_chart(lines, x_label, y_label, x_names=None):
+    """An SVG, as text, of lines {name: [(x, y), ...]}; x >= 0 is linear, y > 0 logarithmic.
 
-    A spread is drawn as a bar from y - spread to y + spread. x is linear from 0; with x_ticks it is
-    logarithmic from the first of them to the last, and each point gets a dot.
+    x_names: what to write at x = 0, 1, 2, ... instead of five numbers.
     """
     points = [point for line in lines.values() for point in line]
-    low, high = min(p[1] for p in points) / 1.1, max(p[1] for p in points) * 1.1
-    first, last = (x_ticks[0], x_ticks[-1]) if x_ticks else (0, max(p[0] for p in points))
+    last, low, high = max(x for x, _ in points), min(y for _, y in points), max(y for _, y in points)
+    low, high = low / 1.1, high * 1.1
     left, top, width, height = 64, 20, 430, 330  # pixels
 
     def at_x(x):
-        share = math.log(x / first) / math.log(last / first) if x_ticks else x / last
-        return left + width * share
+        return left + width * x / last
 
     def at_y(y):
-        return top + height * math.log(high / max(y, low)) / math.log(high / low)
+        return top + height * math.log(high / y) / math.log(high / low)
+
+    def text(x, y, words, anchor="middle", turn=0):
+        return (f'<text transform="translate({x:.1f} {y:.1f}) rotate({turn})" text-anchor="{anchor}">'
+                f'{words}</text>')
 
     parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 410" width="760" height="410" '
-             'font-family="sans-serif" font-size="12"><rect width="760" height="410" fill="white"/>']
+             'font-family="sans-serif" font-size="12"><rect width="760" height="410" fill="white"/>',
+             text(left + width / 2, top + height + 40, x_label), text(14, 185, y_label, turn=-90)]
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for y in (digit * 10.0 ** exponent for exponent in exponents for digit in (1, 2, 5)):
         if low <= y <= high:
             parts += [f'<path d="M{left} {at_y(y):.1f}h{width}" stroke="#ddd"/>',
-                      f'<text x="{left - 6}" y="{at_y(y) + 4:.1f}" text-anchor="end">{y:,.6g}</text>']
-    for x in x_ticks or [last * i / 4 for i in range(5)]:
-        parts.append(f'<text x="{at_x(x):.1f}" y="{top + height + 18}" text-anchor="middle">{x:,.6g}</text>')
-    parts += [f'<text x="{left + width / 2}" y="{top + height + 40}" text-anchor="middle">{x_label}</text>',
-              f'<text transform="translate(14 185) rotate(-90)" text-anchor="middle">{y_label}</text>']
+                      text(left - 6, at_y(y) + 4, f"{y:,.6g}", "end")]
+    for x, words in enumerate(x_names) if x_names else ((x, f"{x:,.6g}") for x in np.linspace(0, last, 5)):
+        parts.append(text(at_x(x), top + height + 18, words))
     for i, (name, line) in enumerate(lines.items()):
-        colour = COLOURS[i % len(COLOURS)]
-        look = f'fill="none" stroke="{colour}" stroke-width="2"'
-        path = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y, *_ in line)
+        path = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in line)
+        look = f'fill="none" stroke="{COLOURS[i % len(COLOURS)]}" stroke-width="2"'
         parts += [f'<polyline points="{path}" {look}/>', f'<path d="M506 {26 + 20 * i}h20" {look}/>',
-                  f'<text x="532" y="{30 + 20 * i}">{name}</text>']
-        for x, y, *spread in line:
-            if x_ticks:
-                parts.append(f'<circle cx="{at_x(x):.1f}" cy="{at_y(y):.1f}" r="3" fill="{colour}"/>')
-            if spread:
-                ends = at_y(y + spread[0]), at_y(y - spread[0])
-                parts.append(f'<path d="M{at_x(x):.1f} {ends[0]:.1f}V{ends[1]:.1f}" stroke="{colour}"/>')
+                  text(532, 30 + 20 * i, name, "start")]
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 

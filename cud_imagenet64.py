@@ -797,7 +797,7 @@ def one_step_pairs(args, velocity, classes, device):
 
 SAMPLE_BATCH = 250  # images; noise is drawn by the batch, so samples do not depend on the number of ranks
 FEATURES = {"inception": 2048, "classifier": 240}  # dimensions
-CLASSIFIER_BATCHES = 400  # that a classifier of the data is trained on
+CLASSIFIER_BATCHES = 200  # that a classifier of the data is trained on
 CACHE = Path("data/cache")  # classifiers and statistics of real images, named by the images they come from
 
 
@@ -873,15 +873,17 @@ def classifier_features(data, device):
     its name. The classifier is trained on them once (fixed seed, batches of 128) and kept in data/cache."""
     path = CACHE / f"classifier-{data.sha256[:12]}.pt"
     torch.manual_seed(0)
-    network = Classifier(len(data.classes)).to(device)
+    network = Classifier(len(data.classes)).to(device, memory_format=torch.channels_last)  # faster
 
     def make():
-        optimizer = torch.optim.Adam(network.parameters(), 2e-3)
+        optimizer = torch.optim.Adam(network.parameters())
+        rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=CLASSIFIER_BATCHES)
         for _ in progress(range(CLASSIFIER_BATCHES), "training the classifier that judges"):
             index = torch.randint(len(data.images), (128,))
             x, wanted = data.images[index].to(device), data.labels[index].to(device)
             F.cross_entropy(network(common.to_float(x))[1], wanted).backward()
             optimizer.step()
+            rates.step()
             optimizer.zero_grad()
         with torch.no_grad():
             network.eval()
