@@ -2273,8 +2273,10 @@ def test_readme_python_blocks_run(quick, monkeypatch, capsys):
     blocks = python_blocks("README.md") + python_blocks("assets/results.md")
     for block in blocks:
         exec(compile(block.replace('"assets/', f'"{HERE}/assets/'), "README.md", "exec"), {})
-    assert len(blocks) == 5 and Path("runs/samples.png").exists()
+    assert len(blocks) == 6 and Path("runs/samples.png").exists()
     out = capsys.readouterr().out
+    table = [line for line in out.splitlines() if line.startswith("| ")]
+    assert len(table) > 1 and set(table) <= set(RESULTS.read_text().splitlines())
     assert float(re.search(r"^4 steps mean distance from the circle (\S+)$", out, re.M)[1]) < 0.25
     lines = [line for line in out.splitlines() if line.startswith("short ")]
     assert lines == [f"short FD (classifier) {n} model EMA 1 euler 1 {value} ± 0.0; n = 1"
