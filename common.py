@@ -20,11 +20,12 @@ from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from operator import index
 from pathlib import Path
+from posixpath import normpath
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 # ----------------------------------------------------------------------------------------------------- files
@@ -179,7 +180,7 @@ class Data(NamedTuple):
         line = f"{self.about}; {len(classes):,} classes: {beginning(classes)}"
         if self.left_out:
             line += f"; {len(self.left_out):,} files left out: {beginning(self.left_out)}"
-        return line
+        return "".join(letter if letter.isprintable() else "?" for letter in line)
 
 
 def beginning(names):
@@ -238,24 +239,25 @@ def load_cifar10(path, split, shape):
         path = Path("data/cifar10") / CIFAR10
         if not path.exists():
             download([mirror + CIFAR10 for mirror in CIFAR10_MIRRORS], path, CIFAR10_MD5)
-    path, remedy, files = Path(path), "delete it and fetch it again", {}
-    names = [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
+    path, remedy, files = Path(path), "fetch it again", {}
+    *names, last = CIFAR10_PICKLES_MD5
+    official = {name + end for name in CIFAR10_PICKLES_MD5 for end in ("", ".bin")}
     with reading(f"--data: {path}", remedy):
         if path.is_dir():
             for file in [*path.glob("*_batch*"), *path.glob("cifar-10-batches-*/*_batch*")]:
-                if file.is_file():
+                if file.name in official and file.is_file():
                     files[file.name] = file.read_bytes()
         elif tarfile.is_tarfile(path):
             with tarfile.open(path) as archive:
                 for member in archive:
-                    if member.isfile():
+                    if Path(member.name).name in official and member.isfile():
                         files[Path(member.name).name] = archive.extractfile(member).read()
                 while archive.fileobj.read(1 << 20):  # to the end, where gzip compares its checksum
                     pass
     if not files:
         return load_pictures(path, split, shape)
     images, labels = [], []
-    for name in names:
+    for name in names if split == "train" else [last]:
         with reading(f"--data: {name} in {path}", remedy):
             if f"{name}.bin" in files:  # rows of a label and 3 x 32 x 32 values
                 rows = np.frombuffer(files[f"{name}.bin"], np.uint8).reshape(-1, 3073)
@@ -292,10 +294,11 @@ def list_files(path):
             files = {Path(file).relative_to(path).as_posix(): Path(file) for file in walk(path)}
         else:
             archive = zipfile.ZipFile(path)
-            files = {name.replace("\\", "/"): name for name in archive.namelist()}
-    names, hidden = [], ("", "__MACOSX", "@eaDir")  # "" comes last in the name of a folder
+            files = {name.replace("\\", "/"): name for name in archive.namelist()}  # as Windows writes them
+            files = {normpath(f"/{name}")[1:]: file for name, file in files.items() if name[-1:] != "/"}
+    names = []
     for name in sorted(files):
-        if not any(part.startswith(".") or part in hidden for part in name.split("/")):
+        if not any(part.startswith(".") or part in ("__MACOSX", "@eaDir") for part in name.split("/")):
             names.append(tuple(name.split("/")))
 
     def read(name):
@@ -305,10 +308,10 @@ def list_files(path):
     return names, read
 
 
-def below_shared(names, depth):
-    """The depth below the leading folders that all names share; the folder of a split is not skipped."""
+def below_shared(names, depth, stops=()):
+    """The depth below the leading folders that all names share; one called as in `stops` is not skipped."""
     while (all(len(name) > depth + 1 for name in names) and len({name[depth] for name in names}) == 1
-           and names[0][depth].lower() not in SPLITS):
+           and names[0][depth].lower() not in stops):
         depth += 1
     return depth
 
@@ -319,16 +322,20 @@ def list_pictures(path, split):
     Returns {name: class}, where a class is a folder's name or a number of dataset.json; the function name ->
     bytes; the other files, each with the reason why it is left out; and a text about the pictures.
     """
-    (files, read), about = list_files(path), f"pictures in {Path(path).name}"
+    files, read = list_files(path)
     pictures = [name for name in files if name[-1].lower().endswith(PICTURES)]
-    depth = below_shared(pictures, 0)
-    names = [name for name in files if name[:depth] == pictures[0][:depth]] if depth else files
+    depth = below_shared(pictures, 0, SPLITS)
+    shared = pictures[0][:depth] if depth else ()
+    about = f"pictures in {'/'.join((Path(path).name, *shared))}"
+    names = [name for name in files if name[:depth] == shared]
     folders = {name[depth].lower() for name in pictures if len(name) > depth + 1}
     if folders and folders <= SPLITS:
         wanted, about = TRAIN if split == "train" else folders & TEST or VALIDATION, f"{split} {about}"
         names = [name for name in names if len(name) == depth + 1 or name[depth].lower() in wanted]
         pictures = [name for name in pictures if len(name) > depth + 1 and name[depth].lower() in wanted]
         depth = below_shared(pictures, depth + 1)
+    elif split == "test":
+        about += " (it has no folders of splits)"
     if not pictures:
         raise InputError(f"--data: {path} holds no {split} pictures ({', '.join(PICTURES)})")
     found = {name: name[depth] for name in pictures if len(name) > depth + 1}
@@ -339,8 +346,14 @@ def list_pictures(path, split):
             with reading(f"--data: {'/'.join(name)} in {path}", "without it the folders are the classes"):
                 labels = json.loads(read(name))["labels"] or []
                 labels = {(*folder, *file.split("/")): index(label) for file, label in labels}
-            found = {name: labels[name] for name in pictures if name in labels} or dict.fromkeys(pictures, 0)
-            reason = "dataset.json has no label for it"
+                found = {name: labels[name] for name in pictures if name in labels}
+                if labels and not found:
+                    raise ValueError(f"it names {'/'.join(next(iter(labels)))}, but none of the pictures")
+                if not all(0 <= label < 1_000_000 for label in found.values()):
+                    raise ValueError("its labels are not from 0 to 999,999")
+            found, reason = found or dict.fromkeys(pictures, 0), "dataset.json has no label for it"
+    if any(part.lower() in SPLITS for name in found for part in name[depth + 1:-1]):
+        about += " (folders of splits below the classes are not used)"
     left_out = [f"{'/'.join(name)} ({reason if name[-1].lower().endswith(PICTURES) else 'no picture'})"
                 for name in names if name not in found and name[-1] != "dataset.json"]
     return found, read, left_out, about
@@ -352,6 +365,7 @@ def decode(content, shape):
         picture = Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "BMP", "WEBP"))
     except UnidentifiedImageError:
         raise ValueError("it is not PNG, JPEG, BMP or WEBP") from None
+    ImageOps.exif_transpose(picture, in_place=True)  # a photograph stands as the camera was held
     if picture.mode[0] in "IF":  # Pillow would clip them to 255
         raise ValueError("it has more than 8 bits a channel")
     if picture.has_transparency_data and picture.convert("RGBA").getextrema()[3][0] < 255:
@@ -389,7 +403,7 @@ def read_pictures(listed, shape, keep):
             picture = decode(read(name), shape)
             return found[name], picture.size, resize_and_crop(picture, shape)
         except Exception as error:  # Pillow and zlib raise errors of a dozen types
-            left_out.append(f"{'/'.join(name)} ({first_line(error)})".encode(errors="replace").decode())
+            left_out.append(f"{'/'.join(name)} ({first_line(error)})")
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for i in progress(range(0, len(names), 1000), f"reading {about}"):

@@ -800,6 +800,7 @@ def cifar(monkeypatch):
             folder = Path("pictures/test" if name == "test_batch" else "pictures/train") / f"class{label}"
             folder.mkdir(exist_ok=True)
             Image.fromarray(image.transpose(1, 2, 0)).save(folder / f"{name}_{i}.png")
+    Path("pictures/my_batch_1.txt").write_bytes(b"a name like theirs")
     shutil.make_archive("cifar-10-binary", "gztar", ".", "cifar-10-batches-bin")
     shutil.make_archive("cifar-10-python", "gztar", ".", "cifar-10-batches-py")
     shutil.make_archive("pictures", "zip", ".", "pictures")
@@ -844,6 +845,8 @@ def test_bad_cifar10_is_named(cifar):
         bad(batch.parent, "data_batch_5 in cifar-10-batches-bin")
     Path("pictures.zip").write_bytes(Path("pictures.zip").read_bytes()[:-9])
     bad("pictures.zip", "pictures.zip", "a .zip that is whole")
+    shutil.make_archive("mine", "tar", ".", "pictures")
+    bad("mine.tar", "mine.tar", "a .zip that is whole")
     bad("nowhere", "nowhere does not exist")
     Path("empty").mkdir()
     bad("empty", "empty holds no train pictures")
@@ -920,6 +923,7 @@ def test_every_form_of_imagenet_gives_the_same_arrays(form, imagenet):
         assert np.array_equal(data.images, imagenet[0]) and data.labels.tolist() == imagenet[1].tolist()
         assert data.sha256 == common.make_data(*map(torch.from_numpy, imagenet), "").sha256
         said, classes = f"train pictures in {form}", ["n00", "n01", "n02", "n03"]
+        said += "/pictures" if form == "pictures.zip" else ""  # which holds that folder
         if form in ("npz", "parts"):
             said, classes = "images of 2 npz files, downsampled by their authors", [*map(str, range(1, 1001))]
         assert data.about == f"12 {said}" and data.classes == classes
@@ -943,6 +947,10 @@ PLACES = {  # files: what --split train and test find, {class: names}, and how m
                {"a": "a/1.png", "b": "b/2.png"}, None, 0),
     "kaggle": ("train/1.png train/2.png test/3.png",
                {"all": "train/1.png train/2.png"}, {"all": "test/3.png"}, 0),
+    "kaggle, unzipped": ("train/train/a/1.png train/train/b/2.png test/test/3.png",
+                         {"a": "train/train/a/1.png", "b": "train/train/b/2.png"},
+                         {"all": "test/test/3.png"}, 0),
+    "another format": ("some/1.png others/2.gif", {"all": "some/1.png"}, None, 0),
     "splits": ("x/Training/a/1.jpg x/Training/b/2.jpg x/VAL/a/3.jpg x/Testing/b/4.jpg x/test/c/5.jpg y.txt",
                {"a": "x/Training/a/1.jpg", "b": "x/Training/b/2.jpg"},
                {"b": "x/Testing/b/4.jpg", "c": "x/test/c/5.jpg"}, 0),
@@ -956,7 +964,7 @@ PLACES = {  # files: what --split train and test find, {class: names}, and how m
     "flat": ("some/1.png some/2.JPEG", {"all": "some/1.png some/2.JPEG"}, None, 0)}
 
 
-@pytest.mark.parametrize("form", ["folder", "zip", "zip made on Windows"])
+@pytest.mark.parametrize("form", ["folder", "zip", "zip made on Windows", "zip made by tar"])
 @pytest.mark.parametrize("place", PLACES)
 def test_classes_and_splits_are_found_by_the_rule(place, form):
     files, *expected, left_out = PLACES[place]
@@ -965,6 +973,7 @@ def test_classes_and_splits_are_found_by_the_rule(place, form):
     for name in files.split():
         if "zip" in form:
             with zipfile.ZipFile(path, "a") as archive:
+                name = f"./{name}" if "tar" in form else name
                 archive.writestr(name.replace("/", "\\") if "Windows" in form else name, b"")
         else:
             Path(path, name).parent.mkdir(parents=True, exist_ok=True)
@@ -978,7 +987,19 @@ def test_classes_and_splits_are_found_by_the_rule(place, form):
                   for name in names.split()}
         assert found == wanted and list(found) == sorted(wanted) and read(next(iter(found))) == b""
         assert len(skipped) == left_out or split == "test"
-        assert about == f"{f'{split} ' * (expected[1] is not None)}pictures in {Path(path).name}"
+        shared = [folder for folder in ("x", "some") if files.startswith(f"{folder}/")]
+        place = "/".join([Path(path).name, *shared])
+        place += " (it has no folders of splits)" if split == "test" and expected[1] is None else ""
+        assert about == f"{f'{split} ' * (expected[1] is not None)}pictures in {place}"
+
+
+def test_folders_of_splits_below_the_classes_are_told():
+    for name in ("cat/train/1.png", "cat/test/2.png", "dog/train/3.png", "dog/Test/4.png"):
+        Path("data", name).parent.mkdir(parents=True, exist_ok=True)
+        Path("data", name).write_bytes(b"")
+    for split in ("train", "test"):
+        found, *_, about = common.list_pictures("data", split)
+        assert len(found) == 4 and "splits below the classes are not used" in about
 
 
 def test_a_link_is_followed_and_a_circle_is_not():
@@ -1008,7 +1029,8 @@ def test_the_labels_of_dataset_json_are_read():
     assert found == {"img1.png": 0, "img2.png": 6}
     assert left_out == ["00000/img0.png (dataset.json has no label for it)"]
     assert labels_of(None) == ({"img0.png": 0, "img1.png": 0, "img2.png": 0}, [])
-    for odd in ([["00000/img0.png", 0.5]], [["00000/img0.png", [0, 1]]], 7):
+    wrong = [[["00000/img0.png", label]] for label in (0.5, [0, 1], -1, 10 ** 6)]
+    for odd in (*wrong, [["00000\\img0.png", 1]], 7):  # a name that is no picture's
         with pytest.raises(common.InputError, match="dataset.json in top .* without it the folders are"):
             labels_of(odd)
     grey_pictures("edm/00000", 40, classes=1)
@@ -1017,7 +1039,21 @@ def test_the_labels_of_dataset_json_are_read():
     shape = (1, 28, 28)
     for data in (common.load_mnist("edm", "train", shape), common.load_imagenet("edm", "cache", shape)):
         assert data.labels.tolist() == [7, 2, 0, 7, 2, 0]
-        assert data.found() == "6 pictures in edm; 8 classes: 0, 1, 2, ..."
+        assert data.found() == "6 pictures in edm/00000/class0; 8 classes: 0, 1, 2, ..."
+
+
+def test_a_photograph_stands_as_the_camera_was_held():
+    pixels, exif = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8), Image.Exif()
+    exif[0x112] = 6  # turn it clockwise
+    Image.fromarray(pixels).save("turned.png", exif=exif)
+    picture = common.decode(Path("turned.png").read_bytes(), (3, 60, 40))
+    assert (np.asarray(picture) == np.rot90(pixels, -1)).all()
+
+
+def test_the_line_about_the_data_is_one_line_of_letters():
+    images, labels, classes = torch.zeros(1, 1, 2, 2), torch.zeros(1), ["caf\udce9\r"]
+    data = common.make_data(images, labels, "pictures", classes, ["Icon\n (odd)"])
+    assert data.found() == "1 pictures; 1 classes: 0 caf??; 1 files left out: Icon? (odd)"
 
 
 def test_pictures_are_halved_and_cropped():
