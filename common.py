@@ -180,7 +180,12 @@ class Data(NamedTuple):
         line = f"{self.about}; {len(classes):,} classes: {beginning(classes)}"
         if self.left_out:
             line += f"; {len(self.left_out):,} files left out: {beginning(self.left_out)}"
-        return "".join(letter if letter.isprintable() else "?" for letter in line)
+        return printable(line)
+
+
+def printable(text):
+    """The text with ? for what would break a printed line: control characters, bytes that are no letters."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def beginning(names):
@@ -240,13 +245,14 @@ def load_cifar10(path, split, shape):
         if not path.exists():
             download([mirror + CIFAR10 for mirror in CIFAR10_MIRRORS], path, CIFAR10_MD5)
     path, remedy, files = Path(path), "fetch it again", {}
-    *names, last = CIFAR10_PICKLES_MD5
+    names = [name for name in CIFAR10_PICKLES_MD5 if (name == "test_batch") == (split == "test")]
     official = {name + end for name in CIFAR10_PICKLES_MD5 for end in ("", ".bin")}
     with reading(f"--data: {path}", remedy):
         if path.is_dir():
-            for file in [*path.glob("*_batch*"), *path.glob("cifar-10-batches-*/*_batch*")]:
-                if file.name in official and file.is_file():
-                    files[file.name] = file.read_bytes()
+            for place in (path, *path.glob("cifar-10-batches-*")):
+                for name in official:
+                    if (place / name).is_file():
+                        files[name] = (place / name).read_bytes()
         elif tarfile.is_tarfile(path):
             with tarfile.open(path) as archive:
                 for member in archive:
@@ -257,7 +263,7 @@ def load_cifar10(path, split, shape):
     if not files:
         return load_pictures(path, split, shape)
     images, labels = [], []
-    for name in names if split == "train" else [last]:
+    for name in names:
         with reading(f"--data: {name} in {path}", remedy):
             if f"{name}.bin" in files:  # rows of a label and 3 x 32 x 32 values
                 rows = np.frombuffer(files[f"{name}.bin"], np.uint8).reshape(-1, 3073)
@@ -294,8 +300,8 @@ def list_files(path):
             files = {Path(file).relative_to(path).as_posix(): Path(file) for file in walk(path)}
         else:
             archive = zipfile.ZipFile(path)
-            files = {name.replace("\\", "/"): name for name in archive.namelist()}  # as Windows writes them
-            files = {normpath(f"/{name}")[1:]: file for name, file in files.items() if name[-1:] != "/"}
+            files = {name.replace("\\", "/"): name for name in archive.namelist()}  # \ is Windows'
+            files = {normpath(f"/{name}")[1:]: file for name, file in files.items() if not name.endswith("/")}
     names = []
     for name in sorted(files):
         if not any(part.startswith(".") or part in ("__MACOSX", "@eaDir") for part in name.split("/")):
@@ -326,7 +332,7 @@ def list_pictures(path, split):
     pictures = [name for name in files if name[-1].lower().endswith(PICTURES)]
     depth = below_shared(pictures, 0, SPLITS)
     shared = pictures[0][:depth] if depth else ()
-    about = f"pictures in {'/'.join((Path(path).name, *shared))}"
+    about = printable(f"pictures in {'/'.join((Path(path).name, *shared))}")
     names = [name for name in files if name[:depth] == shared]
     folders = {name[depth].lower() for name in pictures if len(name) > depth + 1}
     if folders and folders <= SPLITS:
@@ -365,7 +371,9 @@ def decode(content, shape):
         picture = Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "BMP", "WEBP"))
     except UnidentifiedImageError:
         raise ValueError("it is not PNG, JPEG, BMP or WEBP") from None
-    ImageOps.exif_transpose(picture, in_place=True)  # a photograph stands as the camera was held
+    picture.load()
+    with suppress(SyntaxError):  # damaged tags turn nothing
+        ImageOps.exif_transpose(picture, in_place=True)  # a photograph stands as the camera was held
     if picture.mode[0] in "IF":  # Pillow would clip them to 255
         raise ValueError("it has more than 8 bits a channel")
     if picture.has_transparency_data and picture.convert("RGBA").getextrema()[3][0] < 255:

@@ -1048,12 +1048,18 @@ def test_a_photograph_stands_as_the_camera_was_held():
     Image.fromarray(pixels).save("turned.png", exif=exif)
     picture = common.decode(Path("turned.png").read_bytes(), (3, 60, 40))
     assert (np.asarray(picture) == np.rot90(pixels, -1)).all()
+    for kind in ("PNG", "WEBP"):  # damaged tags
+        Image.fromarray(pixels).save("damaged", kind, exif=b"Exif\0\0garbage", lossless=True)
+        assert (np.asarray(common.decode(Path("damaged").read_bytes(), (3, 40, 60))) == pixels).all()
 
 
 def test_the_line_about_the_data_is_one_line_of_letters():
     images, labels, classes = torch.zeros(1, 1, 2, 2), torch.zeros(1), ["caf\udce9\r"]
     data = common.make_data(images, labels, "pictures", classes, ["Icon\n (odd)"])
     assert data.found() == "1 pictures; 1 classes: 0 caf??; 1 files left out: Icon? (odd)"
+    Path("data/caf\udce9").mkdir(parents=True)
+    Path("data/caf\udce9/1.png").write_bytes(b"")
+    assert common.list_pictures("data", "train")[3] == "pictures in data/caf?"  # an evaluation prints it, too
 
 
 def test_pictures_are_halved_and_cropped():
