@@ -2,7 +2,6 @@
 
     pytest                      everything, on a CPU, in a temporary folder, without network or data
     python test_cud.py SCRIPT   no tests: training as a script does it against the plain way, see the end
-    python test_cud.py figure   no tests: draws assets/quality.svg from the table in assets/results.md
 """
 import ast
 import copy
@@ -731,7 +730,7 @@ def test_line_chart_puts_points_where_they_belong():
 
 def write_idx(folder, images, labels, name="t10k-{}-idx{}-ubyte", pack=bytes):
     """MNIST's format for arrays of ours; returns the MD5 of the unpacked files."""
-    Path(folder).mkdir(parents=True)
+    Path(folder).mkdir(parents=True, exist_ok=True)
     sums = {}
     for what, array in (("images", images), ("labels", labels)):
         header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
@@ -2304,54 +2303,41 @@ def test_readme_results_commands_parse(quick):
 
 
 def test_readme_python_blocks_run(quick, monkeypatch, capsys):
-    shutil.copytree(quick[0] / "runs/mnist-quick", "runs/short-0")
     monkeypatch.syspath_prepend(str(HERE))
-    shutil.copytree("runs/short-0", "runs/mnist")
+    for run in ("mnist", "short-0", "short-stage-0"):
+        shutil.copytree(quick[0] / "runs/mnist-quick", f"runs/{run}")
     np.savez("runs/mnist/samples.npz", arr_0=np.zeros((3, 28, 28, 1), np.uint8))
-    row = results("runs/short-0")[0]
-    with open("runs/short-0/results.jsonl", "w") as file:  # of an earlier checkpoint, and of more samples
-        for change in ({}, {"value": 7}, {"n": 400, "value": 1e9}, {"images_seen": 8, "value": 9e9}):
-            file.write(json.dumps(row | change) + "\n")
+    with open("runs/short-0/results.jsonl", "a") as file:  # judged once more
+        file.write(json.dumps(results("runs/short-0")[0] | {"value": 7}) + "\n")
+    for part in ("train", "t10k"):
+        name = part + "-{}-idx{}-ubyte"
+        write_idx("path/to/mnist", np.zeros((3, 28, 28), np.uint8), np.zeros(3, np.uint8), name)
     blocks = python_blocks("README.md") + python_blocks("assets/results.md")
     for block in blocks:
         exec(compile(block.replace('"assets/', f'"{HERE}/assets/'), "README.md", "exec"), {})
-    assert len(blocks) == 6 and Path("runs/samples.png").exists()
+    assert len(blocks) == 7 and all(Path(f"runs/{name}.png").exists() for name in ("samples", "nearest"))
     out = capsys.readouterr().out
     table = [line for line in out.splitlines() if line.startswith("| ")]
-    assert len(table) > 1 and set(table) <= set(RESULTS.read_text().splitlines())
+    assert len(table) > 10 and set(table) <= set(RESULTS.read_text().splitlines())
+    assert Path("quality.svg").read_text() == (HERE / "assets/quality.svg").read_text()
     assert float(re.search(r"^4 steps mean distance from the circle (\S+)$", out, re.M)[1]) < 0.25
-    lines = [line for line in out.splitlines() if line.startswith("short ")]
-    assert lines == [f"short FD (classifier) {n} model EMA 1 euler 1 {value} ± 0.0; n = 1"
-                     for n, value in ((300, "7.0"), (400, "1000000000.0"))]
+    figures = {}
+    for row, weights in (("short", "model EMA"), ("short-stage", "one-step EMA")):
+        figures |= {(row, "0", line["solver"], str(line["steps"])): f"{line['value']:.3f}"
+                    for line in results(f"runs/{row}-0") if line["weights"] == weights}
+    gathered = {(row, seed, solver, steps): fd for row, seed, _, _, solver, steps, fd, _
+                in csv.reader(open("rows.csv")) if row.startswith("short")}
+    assert gathered == figures and "7.000" in gathered.values()
     assert Image.open("00002.png").size == (28, 28)
 
 
-@pytest.mark.parametrize("name, solver, steps", [("rk12", common.ab2, 5), ("one_step", common.euler, 1)])
+@pytest.mark.parametrize("name, solver, steps", [("rk34", common.euler, 4), ("one_step", common.euler, 1)])
 def test_the_weights_in_assets_make_digits(name, solver, steps):
     network = cud_mnist.load_model(HERE / f"assets/mnist_{name}.pt")
     z = torch.randn(64, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     images = common.to_uint8(solver(network.sampling_velocity, z, steps))
     assert 28 < images.float().mean() < 40  # MNIST: 33.8
     assert 0.7 < (images < 20).float().mean() < 0.9 and (images > 200).float().mean() > 0.05
-
-
-def test_readme_figure_is_drawn_from_its_table():
-    assert (HERE / "assets/quality.svg").read_text() == figure(RESULTS.read_text())
-
-
-# --------------------------------------------------------------------------------------------------- figure
-
-
-def figure(text):
-    """An SVG of quality against NFE: the rows of the first table that follow its header of step counts."""
-    table = re.search(r"\| method \|.*?\n\n", text, re.S)[0].replace("`", "").strip()
-    head, _, *rows = ([cell.strip(" *") for cell in row.split("|")[1:-1]] for row in table.split("\n"))
-    steps, lines = [int(cell) for cell in head if cell.isdigit()], {}
-    for name, *cells in rows:
-        figures = [re.findall(r"[\d.]+", cell.replace(",", "")) for cell in cells]
-        lines[name] = [(i, float(figures[i][0])) for i in range(len(steps)) if figures[i]]
-    return common.line_chart(lines, "network evaluations an image (NFE), Euler",
-                             "FD (classifier), lower is better", x_names=steps)
 
 
 # ------------------------------------------------------------------------------------------------ benchmark
@@ -2504,9 +2490,7 @@ def measure(name, flags, way, profiling):
     return found | {"sampling, evaluations/s": 5 * n / took}
 
 
-if __name__ == "__main__" and sys.argv[1:] == ["figure"]:
-    (HERE / "assets/quality.svg").write_text(figure(RESULTS.read_text()))
-elif __name__ == "__main__":
+if __name__ == "__main__":
     name, *flags = [word for word in sys.argv[1:] if word != "--profile"]
     found = []
     for way, profiling in ((by_the_script, "--profile" in sys.argv), (plainly, False)):  # a process for each
