@@ -30,8 +30,8 @@ unless you ask for one with --teacher or --one-step (paper: arXiv 2305.10769).
     python cud_mnist.py --rk-order 3 --one-step     the paper's recipe for MNIST as RK34, then one step
     python cud_mnist.py --steps 1 2 4 8 15          evaluates that run (or first goes on with it)
 
-Measured (assets/results.md: small network, seed 0; no FID): FD (classifier) at 4 Euler steps is 58 for
-rectified flow. For the same compute it is 40 with --rk-order 1, 33 with --step-rule proportional added.
+Measured (assets/results.md: small network, two seeds; no FID): FD (classifier) at 4 Euler steps is 55 for
+rectified flow. For the same compute it is 42 with --rk-order 1, 31 with --step-rule proportional added.
 """
 import argparse
 import copy
