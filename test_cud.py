@@ -2323,7 +2323,7 @@ def test_readme_python_blocks_run(quick, monkeypatch, capsys):
     assert float(re.search(r"^4 steps mean distance from the circle (\S+)$", out, re.M)[1]) < 0.25
     figures = {}
     for row, weights in (("short", "model EMA"), ("short-stage", "one-step EMA")):
-        figures |= {(row, "0", line["solver"], str(line["steps"])): f"{line['value']:.3f}"
+        figures |= {(row, "0", line["solver"], str(line["steps"] or "")): f"{line['value']:.3f}"
                     for line in results(f"runs/{row}-0") if line["weights"] == weights}
     gathered = {(row, seed, solver, steps): fd for row, seed, _, _, solver, steps, fd, _
                 in csv.reader(open("rows.csv")) if row.startswith("short")}
