@@ -224,7 +224,7 @@ def load_mnist(path, split, shape):
             if hashlib.md5(content).hexdigest() != MNIST_MD5[f"{part}-{what}"]:
                 if path is None:
                     raise ValueError("its MD5 is not that of MNIST's file; remove it")
-                name = f"{root.name}, whose idx files are not MNIST's"
+                name = f"{printable(root.name)}, whose idx files are not MNIST's"
             sizes = np.frombuffer(content, ">i4", ndim, offset=4)
             arrays.append(torch.tensor(np.frombuffer(content, np.uint8, offset=4 + 4 * ndim).reshape(sizes)))
     images, labels = arrays[0].unsqueeze(1), arrays[1].long()
@@ -277,7 +277,8 @@ def load_cifar10(path, split, shape):
             labels.append(torch.tensor(numbers, dtype=torch.int64))
             if labels[-1].max() > 9:
                 raise ValueError("it has labels above 9")
-    return make_data(torch.cat(images), torch.cat(labels), f"{split} images of CIFAR-10, in {path.name}")
+    about = f"{split} images of CIFAR-10, in {printable(path.name)}"
+    return make_data(torch.cat(images), torch.cat(labels), about)
 
 
 def walk(folder, above=()):

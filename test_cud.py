@@ -1059,6 +1059,11 @@ def test_the_line_about_the_data_is_one_line_of_letters():
     Path("data/caf\udce9").mkdir(parents=True)
     Path("data/caf\udce9/1.png").write_bytes(b"")
     assert common.list_pictures("data", "train")[3] == "pictures in data/caf?"  # an evaluation prints it, too
+    write_idx("caf\udce9", np.zeros((1, 28, 28), np.uint8), np.zeros(1, np.uint8))
+    about = common.load_mnist("caf\udce9", "test", (1, 28, 28)).about
+    assert about == "1 test images of caf?, whose idx files are not MNIST's"
+    Path("caf\udce9/test_batch.bin").write_bytes(bytes(3073))
+    assert common.load_cifar10("caf\udce9", "test", (3, 32, 32)).about == "1 test images of CIFAR-10, in caf?"
 
 
 def test_pictures_are_halved_and_cropped():
