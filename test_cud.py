@@ -2336,6 +2336,23 @@ def test_readme_python_blocks_run(quick, monkeypatch, capsys):
     assert Image.open("00002.png").size == (28, 28)
 
 
+def test_readmes_tables_are_the_means_of_the_rows():
+    rows = "rf rk12 default rk12-proportional rk34-proportional cd pd4 pd2 rf-stage rk12-stage".split()
+    columns = [("euler", 1), ("euler", 4), ("euler", 15), ("ab2", 3), ("ab2", 5)]
+    found = {}
+    for line in csv.DictReader((HERE / "assets/rows.csv").open()):
+        found.setdefault((line["row"], line["solver"], int(line["nfe"])), []).append(float(line["fd"]))
+    mean = {key: sum(values) / len(values) for key, values in found.items()}
+    tables = re.findall(r"\n\| (?:method|network ev).*\n.*\n((?:\|.*\n)+)", (HERE / "README.md").read_text())
+    best, methods = ([[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+                     for table in tables)
+    for row, (_, *cells, _) in zip(rows, methods, strict=True):
+        means = [mean.get((row, *column)) for column in columns]
+        assert cells == ["" if m is None else format(m, ",.0f" if m >= 1000 else ".1f") for m in means], row
+    for nfe, *_, fd in best:
+        assert float(fd) == round(min(m for (*_, n), m in mean.items() if n == int(nfe)), 1), nfe
+
+
 @pytest.mark.parametrize("name, solver, steps", [("rk34", common.euler, 4), ("one_step", common.euler, 1)])
 def test_the_weights_in_assets_make_digits(name, solver, steps):
     network = cud_mnist.load_model(HERE / f"assets/mnist_{name}.pt")
