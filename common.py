@@ -45,7 +45,7 @@ def reading(what, remedy):
     """Turn whatever is raised while a file is read into one InputError that names the file and a remedy."""
     try:
         yield
-    except InputError:
+    except (InputError, MemoryError, torch.OutOfMemoryError):  # the file may be good
         raise
     except Exception as error:  # readers of files raise errors of every type
         reason = first_line(error)
@@ -323,6 +323,18 @@ def below_shared(names, depth, stops=()):
     return depth
 
 
+def read_labels(content, folder, pictures):
+    """{picture: label} by the content of EDM's dataset.json in `folder`; empty where it has no labels."""
+    labels = json.loads(content)["labels"] or []
+    labels = {(*folder, *file.split("/")): index(label) for file, label in labels}
+    found = {picture: labels[picture] for picture in pictures if picture in labels}
+    if labels and not found:
+        raise ValueError(f"it names {'/'.join(next(iter(labels)))}, but none of the pictures")
+    if not all(0 <= label < 1_000_000 for label in found.values()):
+        raise ValueError("its labels are not from 0 to 999,999")
+    return found
+
+
 def list_pictures(path, split):
     """The pictures in a folder or .zip and their classes, by the rule that README states.
 
@@ -351,13 +363,7 @@ def list_pictures(path, split):
         folder = name[:-1]
         if name[-1] == "dataset.json" and all(picture[:len(folder)] == folder for picture in pictures):
             with reading(f"--data: {'/'.join(name)} in {path}", "without it the folders are the classes"):
-                labels = json.loads(read(name))["labels"] or []
-                labels = {(*folder, *file.split("/")): index(label) for file, label in labels}
-                found = {name: labels[name] for name in pictures if name in labels}
-                if labels and not found:
-                    raise ValueError(f"it names {'/'.join(next(iter(labels)))}, but none of the pictures")
-                if not all(0 <= label < 1_000_000 for label in found.values()):
-                    raise ValueError("its labels are not from 0 to 999,999")
+                found = read_labels(read(name), folder, pictures)
             found, reason = found or dict.fromkeys(pictures, 0), "dataset.json has no label for it"
     if any(part.lower() in SPLITS for name in found for part in name[depth + 1:-1]):
         about += " (folders of splits below the classes are not used)"
@@ -473,8 +479,11 @@ def read_into(cache, path, shape):
 
     with reading(f"--cache {cache}", "give a folder with room for all images, 12 kB each"):
         cache.mkdir(parents=True, exist_ok=True)
+        (cache / "images.bin").unlink(missing_ok=True)  # another process may be writing to it
         with open(cache / "images.bin", "wb") as file:
             read = read_npz(files, shape, keep) if files else read_pictures(listed, shape, keep)
+            if not os.path.samestat(os.fstat(file.fileno()), os.stat(cache / "images.bin")):
+                raise InputError(f"another process reads pictures into --cache {cache}; wait for its end")
         labels, kind, classes, left_out = read
         digest.update(labels.tobytes())
         np.save(cache / "labels.npy", labels)
@@ -500,8 +509,8 @@ def load_imagenet(path, cache, shape):
         data = Data(torch.from_numpy(images), labels, f"{about['n']:,} {about['kind']}", about["classes"],
                     about["sha256"], about["left_out"])
     if path not in (None, about["data"]):
-        raise InputError(f"--cache {cache} holds {about['data']}: leave out --data to use that; another "
-                         f"--cache reads {path}")
+        raise InputError(f"--cache {cache} holds the pictures of --data {about['data']}; give that to use "
+                         f"them, or another --cache to read {path}")
     return data
 
 

@@ -408,6 +408,8 @@ def lock(run):
                          "torchrun, and --model looks at what it has saved") from None
     except (ImportError, OSError):  # some network file systems have no locks
         pass
+    for left in run.glob(".*.pt.*"):  # of a save that a kill cut short
+        left.unlink()
     return file
 
 
@@ -630,11 +632,10 @@ def fit(stage, args, device):
             decay = min(args.ema_decay, (1 + i) / (10 + i)) if i else 0.0  # the first weights are taken whole
             get_ema_multi_avg_fn(decay)(averaged, current, None)
 
-            done, stopping = i + 1, len(signals) > 0
-            if WORLD > 1:  # a signal may have reached one rank alone
-                stopping = done % 10 == 0 and all_reduce(torch.tensor(len(signals))).item() > 0
+            done, last = i + 1, i + 1 == stage.iterations
+            stopping = all_reduce(torch.tensor(len(signals))).item() > 0  # it may have reached one rank alone
             evaluating = stage.data is not None and args.evaluate_every and done % args.evaluate_every == 0
-            saving = stopping or evaluating or done % args.checkpoint_every == 0 or done == stage.iterations
+            saving = stopping or evaluating or done % args.checkpoint_every == 0 or last
             if saving or done % LOG_EVERY == 0:
                 rows.append(log_row(stage, args, lr, log, done, time.time() - since))
                 shown.update({name: rows[-1][name] for name in ("loss", "images_per_s")})
@@ -642,6 +643,8 @@ def fit(stage, args, device):
                     save_log(stage, rows, run)
                 log, since = [], time.time()
             if saving:
+                if evaluating and not last:  # before the checkpoint, so that a kill loses none
+                    save_model(average, run / f"model_{done:07}.pt", done * args.batch_size)
                 if RANK == 0:
                     common.save_pt(dict(module=stage.state_dict(), average=average.state_dict(),
                                         optimizer=optimizer.state_dict(), iteration=done, warmup=stage.warmup,
@@ -655,8 +658,7 @@ def fit(stage, args, device):
                     grid = stage.picture(average)
                     if RANK == 0:
                         common.save_grid(grid, run / f"{stage.name}samples_{done:06}.png")
-                    if evaluating and done < stage.iterations:
-                        save_model(average, run / f"model_{done:07}.pt", done * args.batch_size)
+                    if evaluating and not last:
                         evaluate({"model": average}, args, device, stage.data)
                 except InputError as error:
                     say(f"the training goes on without a picture or a distance: {error}")
@@ -743,18 +745,24 @@ def sample(network, n, solver, steps, args, device):
     about, uint8 [points, 8, C, H, W]: their x0_hats, then themselves. InputError if they are not finite.
     """
     size, images = min(n, SAMPLE_BATCH), torch.zeros(n, *IMAGE, dtype=torch.uint8, device=device)
-    sums, course = torch.zeros(3, device=device), None  # of batches, their NFE and straightness
+    sums = torch.zeros(3, device=device)  # of batches, their NFE and straightness
+    course = failed = None
     for i in progress(range(RANK, math.ceil(n / size), WORLD), f"sampling by {solver}"):
         z = normal(size, device, args.sample_seed, SAMPLES, i)
         path = common.Watched(network.sampling_velocity, slice(8))
-        x = common.SOLVERS[solver](path, z, args.tolerance if solver == "dopri5" else steps)
+        try:
+            x = common.SOLVERS[solver](path, z, args.tolerance if solver == "dopri5" else steps)
+        except InputError as error:  # raised below, where all ranks hear of it
+            sums, failed = sums + math.nan, error
+            break
         images[i * size:(i + 1) * size] = common.to_uint8(x)[:n - i * size]
         bend = path.straightness(z - x)
         sums += torch.stack([torch.ones_like(bend), torch.full_like(bend, path.nfe), bend])
         course = common.to_uint8(torch.stack([*path.x0_hats, x[:8]]))
     count, nfe, bend = all_reduce(sums).tolist()
     if not math.isfinite(bend):
-        raise InputError(f"samples of {solver} with {steps} steps are not finite: no picture, no distance")
+        raise failed or InputError(f"samples of {solver} with {steps} steps are not finite: no picture, no "
+                                   "distance")
     return all_reduce(images), nfe / count, bend / count, course  # the rows of other ranks are 0
 
 
@@ -782,7 +790,8 @@ def cached(path, keys, make):
         content = make()
         if RANK == 0:
             common.save_pt(content, path)
-        all_reduce(torch.zeros(1))
+        if all_reduce(torch.tensor(int(path.exists()))) < WORLD:
+            raise InputError(f"not all ranks see {path}: all nodes must work in one folder")
     return common.load_pt(path, keys, "remove it, and it is made again")
 
 
@@ -844,6 +853,8 @@ def inception_features(mode, device):
 
 def load_features(args, device, data):
     """The function of --features and its name. InputError if no distance can be computed with them."""
+    if args.features == "classifier" and len(data.classes) < 2:
+        raise InputError("--features classifier needs two classes of pictures; --fid-samples 0 does without")
     if not args.reference and len(data.images) < 2 * FEATURES[args.features]:
         raise InputError(f"{len(data.images)} real images are too few for the covariance of {args.features} "
                          f"features; --features classifier needs {2 * FEATURES['classifier']}")
@@ -855,13 +866,13 @@ def load_features(args, device, data):
 
 def check_distance(args, device, data):
     """Before a training: refuse what was named and cannot be used; say if there will be no distance."""
-    if args.features == "classifier" and len(data.classes) < 2:
-        raise InputError("--features classifier needs two classes of pictures; --fid-samples 0 does without")
     if args.reference:
         common.load_moments(args.reference)
     try:
         load_features(args, device, data)
     except InputError as error:
+        if args.features == "classifier":
+            raise
         say(f"As it is there will be no distance: {error}. --features classifier needs no download, and "
             "--fid-samples 0 no distance. The training goes on; it can be judged at any later time.")
 
@@ -913,6 +924,8 @@ def evaluate(networks, args, device, data):
     a line a distance.
     """
     run = Path(args.run_dir)
+    # before all else, as a training may replace these files meanwhile
+    digests = {weights: common.sha256(network.source) for weights, network in networks.items()}
     rows = [("model", args.solver, steps) for steps in (args.steps if args.solver != "dopri5" else [None])]
     if "one-step" in networks:
         rows += [row for row in (("model", "euler", 1), ("one-step", "euler", 1)) if row not in rows]
@@ -949,7 +962,6 @@ def evaluate(networks, args, device, data):
     if args.features == "inception":
         figure = "FID" if args.fid_samples >= 50_000 else f"FID-{args.fid_samples / 1000:g}k"
     seen = networks["model"].images_seen
-    digests = {weights: common.sha256(network.source) for weights, network in networks.items()}
     say(f"{figure} of {args.fid_samples:,} samples to {about}; lower is better. Features {name}, EMA weights,"
         f" seed {args.sample_seed}, {seen:,} images seen.\n"
         f"{'weights':10}{'head':6}{'solver':8}{'NFE':>6}{figure:>18}{'straightness':>14}")
