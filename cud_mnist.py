@@ -613,6 +613,7 @@ def fit(stage, args, device):
     say(f"training {stage.model} in {run}: {sum(p.numel() for p in current):,} parameters, iterations "
         f"{first:,} to {stage.iterations:,} of {args.batch_size} images")
     log, shown, since = [], {}, time.time()
+    every = args.evaluate_every if stage.data is not None else None  # a student is judged at its end alone
     with lock(run) if RANK == 0 else nullcontext(), noting_signals() as signals:
         if RANK == 0:
             save_config(args, device)
@@ -634,7 +635,7 @@ def fit(stage, args, device):
 
             done, last = i + 1, i + 1 == stage.iterations
             stopping = all_reduce(torch.tensor(len(signals))).item() > 0  # it may have reached one rank alone
-            evaluating = stage.data is not None and args.evaluate_every and done % args.evaluate_every == 0
+            evaluating = every and done % every == 0 and not last
             saving = stopping or evaluating or done % args.checkpoint_every == 0 or last
             if saving or done % LOG_EVERY == 0:
                 rows.append(log_row(stage, args, lr, log, done, time.time() - since))
@@ -643,7 +644,7 @@ def fit(stage, args, device):
                     save_log(stage, rows, run)
                 log, since = [], time.time()
             if saving:
-                if evaluating and not last:  # before the checkpoint, so that a kill loses none
+                if evaluating:  # before the checkpoint, so that a kill loses none
                     save_model(average, run / f"model_{done:07}.pt", done * args.batch_size)
                 if RANK == 0:
                     common.save_pt(dict(module=stage.state_dict(), average=average.state_dict(),
@@ -658,7 +659,7 @@ def fit(stage, args, device):
                     grid = stage.picture(average)
                     if RANK == 0:
                         common.save_grid(grid, run / f"{stage.name}samples_{done:06}.png")
-                    if evaluating and not last:
+                    if evaluating:
                         evaluate({"model": average}, args, device, stage.data)
                 except InputError as error:
                     say(f"the training goes on without a picture or a distance: {error}")

@@ -1467,11 +1467,11 @@ def test_the_same_seeds_give_the_same_weights_as_ever(monkeypatch):
         assert table(MNIST / file)[column] == pytest.approx(values, rel=rel)
 
 
-def grey_pictures(folder, shade, n=6, classes=2):
+def grey_pictures(folder, shade, n=6, classes=2, size=28):
     for i in range(n):
         path = Path(folder) / f"class{i % classes}" / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("L", (28, 28), shade + i % 99).save(path)
+        Image.new("L", (size, size), shade + i % 99).save(path)
 
 
 def test_own_pictures_train_and_others_judge(capsys):
@@ -1681,11 +1681,7 @@ def test_a_kill_while_a_model_is_judged_leaves_its_file(monkeypatch):
 
 
 def test_a_finished_run_is_judged_by_pictures_of_other_classes():
-    rng = np.random.default_rng(0)
-    for i in range(480):
-        path = Path(f"two/class{i % 2}/{i}.png")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(path)
+    grey_pictures("two", 0, n=480, size=64)
     flags = ["--attention", "--iterations", "1", "--run-dir", "run"]
     assert run(*flags, script=cud_imagenet64)[0] == 0
     assert run(*flags, *JUDGED, "--fid-samples", "250", "--data", "two", script=cud_imagenet64)[0] == 0
@@ -1851,7 +1847,7 @@ def test_what_a_kill_or_a_full_disk_leaves_goes_on(capsys):
     assert all(torch.equal(value, weights[key]) for key, value in torch.load(model)["model"].items())
     before = checkpoint.read_bytes(), set(os.listdir(MNIST))
     assert model.stat().st_size < 400_000 < len(before[0])
-    Path(MNIST / ".checkpoint.pt.123").touch()  # as a kill in the middle of a save leaves it
+    (MNIST / ".checkpoint.pt.123").touch()  # as a kill in the middle of a save leaves it
     with full_disk(400_000):
         status, err = run("--iterations", "4", capsys=capsys)
     assert status == 2 and len(err) == 1 and f"{checkpoint} cannot be written" in err[0]
