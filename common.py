@@ -35,6 +35,10 @@ class InputError(Exception):
     """What the user gave cannot be used. The message is one line: what is wrong, where, and what to do."""
 
 
+class WriteError(InputError):
+    """A file cannot be written."""
+
+
 def first_line(error):
     """What an exception says, or its name, in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -51,6 +55,8 @@ def reading(what, remedy):
         reason = first_line(error)
         if isinstance(error, FileNotFoundError):
             reason = f"{error.filename} does not exist"
+        elif isinstance(error, KeyError):
+            reason = f"it has no {error}"
         raise InputError(f"{what} cannot be used ({reason}); {remedy}") from error
 
 
@@ -67,7 +73,7 @@ def save(write, path):
         reason = error if isinstance(error, OSError) else error.__context__  # torch.save hides the OSError
         if not isinstance(reason, OSError):
             raise
-        raise InputError(f"{path} cannot be written ({reason}); if it existed, it is unchanged") from error
+        raise WriteError(f"{path} cannot be written ({reason}); if it existed, it is unchanged") from error
     finally:
         with suppress(OSError):
             beside.unlink()
@@ -175,7 +181,7 @@ class Data(NamedTuple):
     left_out: list = ()  # names of files, each with the reason
 
     def found(self):
-        """What was read, in one line that shows wrong classes and splits."""
+        """What was read, in one line to check classes and splits by."""
         classes = [name if name == str(i) else f"{i} {name}" for i, name in enumerate(self.classes)]
         line = f"{self.about}; {len(classes):,} classes: {beginning(classes)}"
         if self.left_out:
@@ -184,7 +190,7 @@ class Data(NamedTuple):
 
 
 def printable(text):
-    """The text with ? for what would break a printed line: control characters, bytes that are no letters."""
+    """The text with ? for what would break a printed line: control characters, undecodable bytes."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
@@ -262,6 +268,8 @@ def load_cifar10(path, split, shape):
                     pass
     if not files:
         return load_pictures(path, split, shape)
+    if shape != (3, 32, 32):
+        raise InputError(f"--data: {path} has images [3, 32, 32], not {list(shape)}")
     images, labels = [], []
     for name in names:
         with reading(f"--data: {name} in {path}", remedy):
@@ -286,7 +294,7 @@ def walk(folder, above=()):
     real = os.path.realpath(folder)
     if real not in above:
         for entry in os.scandir(folder):
-            if entry.is_dir():
+            if entry.is_dir() and not entry.name.startswith("."):  # list_files() drops hidden names
                 yield from walk(entry.path, (*above, real))
             else:
                 yield entry.path
@@ -316,7 +324,7 @@ def list_files(path):
 
 
 def below_shared(names, depth, stops=()):
-    """The depth below the leading folders that all names share; one called as in `stops` is not skipped."""
+    """The first depth, from `depth` on, where the names' folders differ or one has a name in `stops`."""
     while (all(len(name) > depth + 1 for name in names) and len({name[depth] for name in names}) == 1
            and names[0][depth].lower() not in stops):
         depth += 1
@@ -338,8 +346,8 @@ def read_labels(content, folder, pictures):
 def list_pictures(path, split):
     """The pictures in a folder or .zip and their classes, by the rule that README states.
 
-    Returns {name: class}, where a class is a folder's name or a number of dataset.json; the function name ->
-    bytes; the other files, each with the reason why it is left out; and a text about the pictures.
+    Returns {name: class}, where a class is a folder's name, a number of dataset.json, or "all"; the function
+    name -> bytes; the files left out, each with the reason; and a text about the pictures.
     """
     files, read = list_files(path)
     pictures = [name for name in files if name[-1].lower().endswith(PICTURES)]
@@ -353,8 +361,8 @@ def list_pictures(path, split):
         names = [name for name in names if len(name) == depth + 1 or name[depth].lower() in wanted]
         pictures = [name for name in pictures if len(name) > depth + 1 and name[depth].lower() in wanted]
         depth = below_shared(pictures, depth + 1)
-    elif split == "test":
-        about += " (it has no folders of splits)"
+    elif split == "test" or folders & SPLITS:
+        about += " (its folders are not splits alone, so all pictures are taken)"
     if not pictures:
         raise InputError(f"--data: {path} holds no {split} pictures ({', '.join(PICTURES)})")
     found = {name: name[depth] for name in pictures if len(name) > depth + 1}
@@ -379,9 +387,9 @@ def decode(content, shape):
     except UnidentifiedImageError:
         raise ValueError("it is not PNG, JPEG, BMP or WEBP") from None
     picture.load()
-    with suppress(SyntaxError):  # damaged tags turn nothing
+    with suppress(Exception):  # it turns the picture, then writes tags, which may be damaged in many ways
         ImageOps.exif_transpose(picture, in_place=True)  # a photograph stands as the camera was held
-    if picture.mode[0] in "IF":  # Pillow would clip them to 255
+    if picture.mode[0] in "IF":  # Pillow would clip grey to 255; it halves RGB of 16 bits itself
         raise ValueError("it has more than 8 bits a channel")
     if picture.has_transparency_data and picture.convert("RGBA").getextrema()[3][0] < 255:
         raise ValueError("it is transparent in places; lay it on a background")
@@ -406,7 +414,7 @@ def resize_and_crop(picture, shape):
 
 
 def read_pictures(listed, shape, keep):
-    """Give the pictures that list_pictures() has found to keep(uint8 [n, *shape]), a thousand at a time.
+    """Read what list_pictures() returned, and call keep(uint8 [n, *shape]) on a thousand pictures at a time.
 
     Returns their labels [N], a text about them, the names of the classes, and the files left out.
     """
@@ -417,11 +425,13 @@ def read_pictures(listed, shape, keep):
         try:
             picture = decode(read(name), shape)
             return found[name], picture.size, resize_and_crop(picture, shape)
+        except MemoryError:
+            raise
         except Exception as error:  # Pillow and zlib raise errors of a dozen types
             left_out.append(f"{'/'.join(name)} ({first_line(error)})")
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for i in progress(range(0, len(names), 1000), f"reading {about}"):
+        for i in progress(range(0, len(names), 1000), f"reading thousands of {about}"):
             made = list(filter(None, pool.map(make, names[i:i + 1000])))
             keep(np.array([image for _, _, image in made], np.uint8).reshape(-1, *shape))
             labels += [label for label, _, _ in made]
@@ -437,7 +447,7 @@ def read_pictures(listed, shape, keep):
     if others:
         about += f", resized (box, bicubic) from {others[0][0]}x{others[0][1]}"
         about += " and others" if len(others) > 1 else ""
-    return np.array(labels), about, [str(name) for name in classes], left_out
+    return np.array(labels, np.int64), about, [str(name) for name in classes], left_out
 
 
 def load_pictures(path, split, shape):
@@ -448,7 +458,7 @@ def load_pictures(path, split, shape):
 
 
 def read_npz(files, shape, keep):
-    """The same for the images of ImageNet's npz files, whose labels begin with 1."""
+    """As read_pictures(), for ImageNet's npz files, whose labels begin with 1."""
     found = []
     for file in progress(files, "reading npz files"):
         with reading(f"--data: {file}", "fetch it again"):
@@ -460,18 +470,19 @@ def read_npz(files, shape, keep):
                                  f"from {labels.min()} to {labels.max()} are not ImageNet's")
             keep(images.reshape(-1, *shape))
             found.append(labels.astype(np.int64) - 1)
-    about, classes = f"images of {len(files)} npz files, downsampled by their authors", range(1, 1001)
-    return np.concatenate(found), about, [str(number) for number in classes], []
+    about = f"images of {len(files)} of ImageNet's 10 npz files, downsampled by their authors"
+    return np.concatenate(found), about, [f"label {number}" for number in range(1, 1001)], []
 
 
 def read_into(cache, path, shape):
     """Read a folder or .zip into `cache`: images.bin, labels.npy and, when both are whole, about.json."""
     batches = [*Path(path).glob("train_data_batch_*"), *Path(path).glob("*/train_data_batch_*")]
-    files = [file for i in range(1, 11) for file in batches if file.name == f"train_data_batch_{i}.npz"]
+    batches = {file.name: file for file in batches}  # each once, should both places hold it
+    files = [batches[name] for i in range(1, 11) if (name := f"train_data_batch_{i}.npz") in batches]
     if batches and not files:
-        raise InputError(f"--data: {path} holds the edition for Python, whose pickles could run any code; "
-                         f"{IMAGENET_WANTED}")
-    digest, listed = hashlib.sha256(), None if files else list_pictures(path, "train")
+        raise InputError(f"--data: {path} holds no train_data_batch_N.npz (the edition for Python is not "
+                         f"read); {IMAGENET_WANTED}")
+    digest, source = hashlib.sha256(), files or list_pictures(path, "train")
 
     def keep(images):
         file.write(images.tobytes())
@@ -481,10 +492,9 @@ def read_into(cache, path, shape):
         cache.mkdir(parents=True, exist_ok=True)
         (cache / "images.bin").unlink(missing_ok=True)  # another process may be writing to it
         with open(cache / "images.bin", "wb") as file:
-            read = read_npz(files, shape, keep) if files else read_pictures(listed, shape, keep)
+            labels, kind, classes, left_out = (read_npz if files else read_pictures)(source, shape, keep)
             if not os.path.samestat(os.fstat(file.fileno()), os.stat(cache / "images.bin")):
                 raise InputError(f"another process reads pictures into --cache {cache}; wait for its end")
-        labels, kind, classes, left_out = read
         digest.update(labels.tobytes())
         np.save(cache / "labels.npy", labels)
     about = dict(data=path, kind=kind, n=len(labels), shape=shape, classes=classes, left_out=left_out,
@@ -502,9 +512,11 @@ def load_imagenet(path, cache, shape):
         read_into(cache, path, shape)
     with reading(f"--cache {cache}", "remove it, and give --data to read the pictures again"):
         about = json.loads((cache / "about.json").read_text())
+        if about["shape"] != list(shape):
+            raise ValueError(f"its images are {about['shape']}, not {list(shape)}")
         images = np.memmap(cache / "images.bin", np.uint8, "c", shape=(about["n"], *shape))
         labels = torch.from_numpy(np.load(cache / "labels.npy"))
-        if about["shape"] != list(shape) or len(labels) != about["n"]:
+        if len(labels) != about["n"]:
             raise ValueError("its files do not belong together")
         data = Data(torch.from_numpy(images), labels, f"{about['n']:,} {about['kind']}", about["classes"],
                     about["sha256"], about["left_out"])
@@ -566,8 +578,8 @@ def save_grid(images, path, columns=8, zoom=2):
     cells = images.new_zeros(rows * columns, c, h + 2, w + 2)  # a border of one pixel
     cells[:n, :, 1:-1, 1:-1] = images
     sheet = cells.view(rows, columns, c, h + 2, w + 2).permute(0, 3, 1, 4, 2).reshape(rows * (h + 2), -1, c)
-    picture = Image.fromarray(sheet.cpu().numpy().squeeze(2) if c == 1 else sheet.cpu().numpy())
-    picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
+    picture = Image.fromarray(sheet.cpu().numpy().squeeze())
+    picture = ImageOps.scale(picture, zoom, Image.Resampling.NEAREST)
     save(lambda file: picture.save(file, "PNG"), path)
 
 
@@ -683,13 +695,13 @@ def dopri5(velocity, x, tolerance, t_start=1.0, t_end=0.0):
         v = at(velocity, torch.from_numpy(y).to(x).view_as(x), t)
         if not v.isfinite().all():  # SciPy's step control would never end
             raise InputError(f"dopri5: the velocity at t = {t:.6f} is not finite")
-        return v.flatten().double().cpu().numpy()
+        return v.flatten().cpu().double().numpy()
 
-    solver = RK45(slope, t_start, x.flatten().double().cpu().numpy(), t_end, rtol=tolerance, atol=tolerance)
+    solver = RK45(slope, t_start, x.flatten().cpu().double().numpy(), t_end, rtol=tolerance, atol=tolerance)
     while solver.status == "running" and solver.nfev < 1000:
         solver.step()
     if solver.status != "finished":
-        raise InputError(f"dopri5 cannot meet --tolerance {tolerance} in 1,000 evaluations; give a larger")
+        raise InputError(f"dopri5 cannot meet --tolerance {tolerance} in 1,000 evaluations; raise it")
     return torch.from_numpy(solver.y).to(x).view_as(x)
 
 
@@ -703,7 +715,7 @@ class Watched:
     def __call__(self, x, t):
         v = self.velocity(x, t)
         x0_hat = x - t.view(-1, *[1] * (x.dim() - 1)) * v
-        self.x0_hats.append(x0_hat[self.shown].clone())  # a slice alone would keep all of it
+        self.x0_hats.append(x0_hat[self.shown].clone())  # a view would keep all of x0_hat
         wide = v if v.device.type == "mps" else v.double()  # mps has no float64
         self.nfe, self.sum, self.squares = self.nfe + 1, self.sum + wide, self.squares + wide.square().mean()
         return v

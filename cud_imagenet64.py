@@ -5,18 +5,18 @@
 """Catch-Up Distillation (CUD) on ImageNet 64x64 by class: train a flow model once, sample it in few steps.
 
 A flow model learns the velocity that carries noise to data. CUD also lets it catch up with itself: its output
-at time t is pulled towards its own output a little further along its own trajectory, which a Runge-Kutta step
-finds. The trajectories become straight, so few steps suffice. There is no teacher and no second training,
-unless you ask for one with --teacher or --one-step (paper: arXiv 2305.10769).
+at time t is pulled towards its output a little nearer to the data, at a point of its own trajectory that one
+Runge-Kutta step finds. The trajectories become straight, so few steps suffice. There is no teacher and no
+second training, unless you ask for one with --teacher or --one-step (paper: arXiv 2305.10769).
 
     x, z          data in [-1, 1] and noise, [B, C, H, W]
     t in [0, 1]   time: t = 0 is data, t = 1 is noise
     x_t           t z + (1 - t) x
-    u             dx_t/dt = z - x, the true velocity
-    v_1 .. v_k    the network's heads at (x_t, t); samples follow the last of them, or --head: with N steps of
-                  Euler's method, x <- x - v(x, t) / N from noise at t = 1 to data at t = 0
+    u             dx_t/dt = z - x, the velocity of this pair
+    v_1 .. v_k    the network's heads at (x_t, t); samples follow the last of them, or --head: with S steps of
+                  Euler's method, x <- x - v(x, t) / S from noise at t = 1 to data at t = 0
     k             --rk-order: 1, 2, 3 are the paper's RK12, RK23, RK34; 0 is rectified flow: one head, no y
-    h             the step, drawn for each sample by --step-rule
+    h             the step of each sample, by --step-rule; its N is --intervals
     k_1 .. k_k    the Runge-Kutta slopes: k_i is v_1 at time t - (i - 1) h
     X_j           x_t - h sum_i b_i(j) k_i: the trajectory's point at time t - j h, j = 1 .. k
     y_j           v_1(X_j, t - j h) without gradient; it is u, for every j, where t - k h would pass the data
@@ -24,7 +24,7 @@ unless you ask for one with --teacher or --one-step (paper: arXiv 2305.10769).
     loss = w_1 sum_j |v_j - y_j|^2  +  w_2 sum_j |v_j - u|^2  +  w_3 |detail(z - v_k) - detail(x)|_1
            catch up with itself        stay true to the data     the largest fifth of wavelet differences
     |.|^2 is a mean over an image's values; w_1 = w_2 = 1, except with --loss-ramp. Slopes and y_j are made
-    with dropout on, as released. The network is told the class of x; z is drawn without an encoder.
+    with dropout on, as released, except an EMA's y_j. The network is told the class of x; no encoder draws z.
 
     python cud_imagenet64.py --quick                              a tour on a CPU in ten minutes, no download
     torchrun --nproc-per-node 8 cud_imagenet64.py --data FOLDER   the paper's recipe on eight GPUs (README)
@@ -63,7 +63,7 @@ from common import InputError, progress, tqdm
 
 # ------------------------------------------------------------------------------------------------ the method
 
-EPS = 1e-5  # training's earliest time (the paper's)
+EPS = 1e-5  # the smallest t in training (the paper's)
 STEP_RULES = ("uniform", "proportional", "constant")
 RK_A = {2: [1], 3: [7/4, 1/4]}  # [i]: slope k_i is taken at x_t - h (a_1 k_1 + ..); these are the paper's a
 RK_B = {  # [k][j - 1]: b_1(j) .. b_k(j) of point X_j (the paper's). As b(j) = j b(1), the local error of X_1
@@ -197,7 +197,7 @@ def conv(c_in, c_out, size):
 def norm(channels):
     groups = min(32, channels // 4)
     if channels < 4 or channels % 2 or channels % groups:
-        raise ValueError(f"{channels} channels are not an even number that divides into groups of 4 or more")
+        raise ValueError(f"{channels} channels are below 4, odd or not divisible by {groups} (GroupNorm)")
     return nn.GroupNorm(groups, channels, eps=1e-5)
 
 
@@ -226,7 +226,7 @@ class Block(nn.Module):
         x = a + self.skip(self.resize(x))
         if not self.attention:
             return x
-        qkv = self.qkv(self.norm3(x)).flatten(2).mT  # [B, H W, 3 C], to heads of 64 channels or one of all
+        qkv = self.qkv(self.norm3(x)).flatten(2).mT  # [B, H W, 3 C], to C // 64 heads, at least one
         q, k, v = qkv.unflatten(2, (3, max(1, x.shape[1] // 64), -1)).permute(2, 0, 3, 1, 4)
         a = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).mT.reshape_as(x)
         return x + self.proj(a)
@@ -235,7 +235,7 @@ class Block(nn.Module):
 class UNet(nn.Module):
     """ADM UNet (Dhariwal & Nichol 2021) of `classes` classes with `heads` velocity heads.
 
-    image: (C, H, W); attention: the heights H of the levels that have it, beside the bottom; skip_phi: phi of
+    image: (C, H, W); attention: the heights H of the levels that have it, like the bottom; skip_phi: phi of
     the skips, which weigh 2 (1 - phi) at t = 0 and 2 phi at t = 1 (the paper's prior ShakeDrop). ValueError
     for sizes that do not fit together.
     """
@@ -283,7 +283,7 @@ class UNet(nn.Module):
         -> these heads (all by default), of x's type [heads, B, C, H, W]."""
         half = self.channels // 2  # of the embedding of t, which is not scaled, as in the released code
         angle = t[:, None] * 10_000 ** (-torch.arange(half, dtype=t.dtype, device=t.device) / half)
-        with torch.autocast(x.device.type, enabled=False):  # bfloat16 would resolve t to 0.004
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 knows t in steps of 0.004
             emb = self.embed(torch.cat([angle.cos(), angle.sin()], 1))
         emb = F.silu(emb + self.embed_class(labels.repeat(len(x) // len(labels))))
         p = (t * (1 - 2 * self.skip_phi) + self.skip_phi).view(-1, 1, 1, 1)
@@ -333,11 +333,10 @@ def load_model(path, head=None):
 
 def begin_from(source, heads, dropout):
     """A network with `heads` heads and the weights of `source`; the last head stands in for missing ones."""
-    network, weights = UNet(**source.config | dict(heads=heads, dropout=dropout)), source.state_dict()
-    for name in network.state_dict().keys() - weights.keys():
-        part = name.split(".", 2)[2]  # of heads.NUMBER.PART
-        weights[name] = weights[f"heads.{len(source.heads) - 1}.{part}"]
-    network.load_state_dict({name: weights[name] for name in network.state_dict()})
+    network = UNet(**source.config | dict(heads=heads, dropout=dropout))
+    network.load_state_dict(source.state_dict(), strict=False)  # heads that one of them lacks are skipped
+    for head in network.heads[len(source.heads):]:
+        head.load_state_dict(source.heads[-1].state_dict())
     return network
 
 
@@ -385,7 +384,7 @@ def start(name):
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # all batches have one shape: look for the fastest kernels once
     torch.set_float32_matmul_precision("high")  # TF32 where float32 is left
-    if WORLD > 1:  # with hours for rank 0 to read the data: when a rank fails, torchrun ends the others
+    if WORLD > 1:  # rank 0 may read data for hours; when a rank fails, torchrun ends the others
         backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backends, timeout=timedelta(hours=12))
     return device
@@ -441,8 +440,8 @@ def lock(run):
         import fcntl  # which Windows has not
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise InputError(f"another process trains in {run}; several that share one training are started with "
-                         "torchrun, and --model looks at what it has saved") from None
+        raise InputError(f"another process trains in {run}; --model and another --run-dir judge what it has "
+                         "saved, and the ranks of one training are started with torchrun") from None
     except (ImportError, OSError):  # some network file systems have no locks
         pass
     for left in run.glob(".*.pt.*"):  # of a save that a kill cut short
@@ -450,7 +449,7 @@ def lock(run):
     return file
 
 
-# What random draws are for: with a seed, an iteration and a rank these numbers make the key of a generator
+# What random draws are for: a part of generator()'s key, so that no two purposes share their numbers
 SAMPLES, BATCH, NOISE, DROPOUT, PAIRS, PAIR_BATCH, PAIR_DROPOUT, LABELS, IMAGES, PAIR_LABELS = range(1, 11)
 
 
@@ -465,25 +464,26 @@ def normal(n, device, *key):
 
 
 class CatchUp(nn.Module):
-    """The training, as a module of what it trains, the network.
+    """The flow's training: a module that holds the network.
 
     To change the loss, edit catch_up_loss() or, where its terms are weighed, forward(). To log a term of your
     own, add its name to `columns` and its mean to the list that forward() returns, in the same place. A new
-    flag that changes the training belongs into DEFINES, so that a run cannot go on with another value.
+    flag that changes the training belongs in DEFINES, so that a run cannot go on with another value.
     """
 
     name, model = "", "model.pt"  # what the names of its files begin with; the file of its weights
     columns = ("loss", "catchup", "truth", "wavelet")
-    average = None  # the first head of the network's EMA, which fit() sets
+    average = None  # the first head of the network's EMA, which fit() sets if uses_average
 
     def __init__(self, args, device, data):
         super().__init__()
         self.args, self.device, self.data = args, device, data
-        path, done = Path(args.run_dir) / self.model, iterations_done(args)
-        if data is None or (done >= args.iterations and path.exists()):  # judged, maybe by other images
-            classes = load_model(path).config["classes"]
-        else:
+        path, done = Path(args.run_dir) / "checkpoint.pt", iterations_done(args)
+        if done < args.iterations:
             classes = len(data.classes)
+        else:  # it is finished, and may be judged by images of other classes, or without any
+            saved = torch.load(path, "cpu", mmap=True, weights_only=True)
+            classes = len(saved["module"]["network.embed_class.weight"])
         self.reader, self.ahead, self.shown = ThreadPoolExecutor(1), {}, grid_labels(args, classes)
         self.iterations, self.warmup = args.iterations, min(args.warmup, args.iterations // 10)
         self.lr = args.lr
@@ -496,8 +496,8 @@ class CatchUp(nn.Module):
         source = self.teacher = None
         file = args.teacher or args.init
         if done < args.iterations and args.one_step and [*Path(args.run_dir).glob("one_step*.pt")]:
-            raise InputError(f"the student in {args.run_dir} has learnt from iteration {done}: train on with "
-                             "--no-one-step, or move its one_step files away for another student")
+            raise InputError(f"{args.run_dir} has a student of the model as it was: train the model on with "
+                             "--no-one-step, or move the one_step files away for a new student")
         torch.manual_seed(args.seed)
         try:
             if (args.init and not done) or (args.teacher and done < args.iterations):  # else not needed
@@ -566,14 +566,14 @@ class CatchUp(nn.Module):
         else:
             catchup, truth = catch_up_loss(network, x, noise, t, h, args.rk_order,
                                            told(self.network.first_head),
-                                           told(self.average) if self.uses_average else None)
+                                           None if self.average is None else told(self.average))
             wavelet = wavelet_loss(landings[0], x)
         w_1, w_2 = (2 * share, 2 * (1 - share)) if args.loss_ramp else (1, 1)
         loss = (w_1 * catchup + w_2 * truth + args.wavelet_weight * wavelet).mean()
         return loss, [loss, catchup.mean(), truth.mean(), wavelet.mean()]
 
     def picture(self, average):
-        """Samples to look at, a row a class, uint8 [n, C, H, W]."""
+        """Samples to look at, a row for each class, uint8 [n, C, H, W]."""
         return sample(average, self.shown, self.args.solver, self.args.steps[-1], self.args, self.device)[0]
 
 
@@ -582,17 +582,18 @@ def iterations_done(args):
     path = Path(args.run_dir) / "checkpoint.pt"
     if not path.exists():
         return 0
-    with common.reading(path, "move it away to train anew"):
+    with common.reading(path, "move it and model.pt away to train anew"):
         return torch.load(path, "cpu", mmap=True, weights_only=True)["iteration"]
 
 
 def resume(stage, average, optimizer, run):
     """Load a stage's checkpoint, if there is one. Returns its iteration and the rows of its log."""
-    path, remedy, first, rows = run / f"{stage.name}checkpoint.pt", "move it away to train anew", 0, []
+    path, first, rows = run / f"{stage.name}checkpoint.pt", 0, []
+    remedy = f"move it and {stage.model} away to train anew"
     if path.exists():
         saved = common.load_pt(path, ["module", "average", "optimizer", "iteration", "warmup", "rows",
                                       "definition"], remedy)
-        first, rows, moments = saved["iteration"], saved["rows"], saved["optimizer"]["state"]
+        first, rows, adam = saved["iteration"], saved["rows"], saved["optimizer"]["state"]
         if first > stage.iterations:
             raise InputError(f"{path} is at iteration {first}, past the {stage.iterations} asked for")
         if first < stage.iterations or stage.name:  # a finished flow may be judged against other images
@@ -600,10 +601,10 @@ def resume(stage, average, optimizer, run):
         with common.reading(path, remedy):
             stage.load_state_dict(saved["module"])
             average.load_state_dict(saved["average"])
-            for parameter, state in zip(stage.parameters(), moments.values()):
-                for key in ("exp_avg", "exp_avg_sq"):  # fused Adam trusts that they lie as the parameter does
+            for parameter, state in zip(stage.parameters(), adam.values()):
+                for key in ("exp_avg", "exp_avg_sq"):  # fused Adam needs the parameter's memory layout
                     state[key] = torch.zeros_like(parameter).copy_(state[key])
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": adam})
         stage.warmup, stage.definition = saved["warmup"], saved["definition"]
     elif (run / stage.model).exists():
         raise InputError(f"{run / stage.model} has no {path.name} to go on from; --model evaluates it, "
@@ -626,10 +627,9 @@ def save_log(stage, rows, run):
     table = [list(rows[-1])] + [[row.get(name, "") for name in rows[-1]] for row in rows]
     text = "".join(",".join(map(str, cells)) + "\n" for cells in table)
     common.save_text(text, run / f"{stage.name}metrics.csv")
-    lines = {}
-    for name in stage.columns:
-        if line := [(row["images"], row[name]) for row in rows if row.get(name, 0) > 0]:
-            lines[name] = line
+    lines = {name: [(row["images"], row[name]) for row in rows if row.get(name, 0) > 0]
+             for name in stage.columns}
+    lines = {name: line for name, line in lines.items() if line}
     common.save_text(common.line_chart(lines, "images seen", "mean"), run / f"{stage.name}metrics.svg")
 
 
@@ -658,18 +658,17 @@ def fit(stage, args, device):
     """
     run = Path(args.run_dir)
     average = copy.deepcopy(stage.network).eval().requires_grad_(False)
-    stage.average = average.first_head  # a method; a module would be trained and saved with the stage
     averaged, current = list(average.parameters()), list(stage.network.parameters())
     optimizer = torch.optim.Adam(stage.parameters(), stage.lr, fused=device.type in ("cpu", "cuda"))
     first, rows = resume(stage, average, optimizer, run)
-    if first:  # a kill may have come between the checkpoint and the weights
+    if first == stage.iterations:  # a kill may have come between the checkpoint and the weights
         save_model(average, run / stage.model, first * args.batch_size)
-    if first == stage.iterations:
         return average
     if stage.data is not None and args.fid_samples:
         check_distance(args, device, stage.data)
     if stage.uses_average:
         compile_network(average, args, device)
+        stage.average = average.first_head  # a method; a module would be trained and saved with the stage
     step = stage if WORLD == 1 else nn.parallel.DistributedDataParallel(stage, gradient_as_bucket_view=True)
     say(f"training {stage.model} in {run}: {sum(p.numel() for p in current):,} parameters, iterations "
         f"{first:,} to {stage.iterations:,} of {args.batch_size} images")
@@ -705,7 +704,7 @@ def fit(stage, args, device):
                     save_log(stage, rows, run)
                 log, since = [], time.time()
             if saving:
-                if evaluating:  # before the checkpoint, so that a kill loses none
+                if evaluating:  # before the checkpoint, so that a kill loses no file
                     save_model(average, run / f"model_{done:07}.pt", done * args.batch_size)
                 if RANK == 0:
                     common.save_pt(dict(module=stage.state_dict(), average=average.state_dict(),
@@ -723,6 +722,8 @@ def fit(stage, args, device):
                     if evaluating:
                         evaluate({"model": average}, args, device, stage.data)
                 except InputError as error:
+                    if WORLD > 1 and isinstance(error, common.WriteError):
+                        raise  # it is rank 0's alone, and the others wait
                     say(f"the training goes on without a picture or a distance: {error}")
                 since = time.time()
     return average
@@ -776,7 +777,7 @@ class OneStep(nn.Module):
         return loss, [loss, to_target, to_average]
 
     def picture(self, average):
-        """Samples to look at, a row a class, uint8 [n, C, H, W]."""
+        """Samples to look at, a row for each class, uint8 [n, C, H, W]."""
         return sample(average, grid_labels(self.args, self.classes), "euler", 1, self.args, self.device)[0]
 
 
@@ -810,8 +811,8 @@ def sample(network, labels, solver, steps, args, device):
     """Draw a sample of each of `labels` [n], each rank its share of the batches. steps: NFE; dopri5 goes by
     --tolerance instead.
 
-    Returns all of them, uint8 [n, C, H, W]; their mean NFE and straightness; and how eight of them came
-    about, uint8 [points, 8, C, H, W]: their x0_hats, then themselves. InputError if they are not finite.
+    Returns all of them, uint8 [n, C, H, W]; their mean NFE and straightness; and how every eighth of the
+    first 64 came about, uint8 [points, 8, C, H, W]: x0_hats, then samples. InputError if they are not finite.
     """
     n, size = len(labels), min(len(labels), SAMPLE_BATCH)
     images, labels = torch.zeros(n, *IMAGE, dtype=torch.uint8, device=device), F.pad(labels, (0, -n % size))
@@ -829,7 +830,8 @@ def sample(network, labels, solver, steps, args, device):
         images[i * size:(i + 1) * size] = common.to_uint8(x)[:n - i * size]
         bend = path.straightness(z - x)
         sums += torch.stack([torch.ones_like(bend), torch.full_like(bend, path.nfe), bend])
-        course = common.to_uint8(torch.stack([*path.x0_hats, x[shown]]))
+        if i == 0:
+            course = common.to_uint8(torch.stack([*path.x0_hats, x[shown]]))
     count, nfe, bend = all_reduce(sums).tolist()
     if not math.isfinite(bend):
         raise failed or InputError(f"samples of {solver} with {steps} steps are not finite: no picture, no "
@@ -838,7 +840,7 @@ def sample(network, labels, solver, steps, args, device):
 
 
 def grid_labels(args, classes):
-    """Eight of each of --classes (the first ten where unset), a row a class: int64 [8 rows]."""
+    """Eight of each of --classes (the first ten where unset), a row for each: int64 [8 * rows]."""
     rows = torch.tensor(args.classes or range(min(10, classes)))
     if rows.max() >= classes:
         raise InputError(f"--classes: {rows.max()} is not among the {classes} classes, 0 to {classes - 1}")
@@ -874,6 +876,7 @@ def cached(path, keys, make):
         content = make()
         if RANK == 0:
             common.save_pt(content, path)
+        all_reduce(torch.zeros(1))  # the others wait for rank 0
         if all_reduce(torch.tensor(int(path.exists()))) < WORLD:
             raise InputError(f"not all ranks see {path}: all nodes must work in one folder")
     return common.load_pt(path, keys, "remove it, and it is made again")
@@ -921,8 +924,8 @@ def inception_features(mode, device):
                 common.download([downloads_helper.inception_url], path)
         network = inception_torchscript.InceptionV3W(CACHE, download=False, resize_inside=mode != "clean")
     except (ImportError, RuntimeError) as error:
-        raise InputError(f"clean-fid cannot load {path} ({common.first_line(error)}); delete it if it is cut "
-                         "short") from error
+        raise InputError(f"clean-fid or {path} cannot be used ({common.first_line(error)}); install "
+                         "clean-fid, or delete the file if it is cut short") from error
     network, resizer = network.to(device).eval(), resize.build_resizer(mode)
 
     def features(images):
@@ -949,7 +952,7 @@ def load_features(args, device, data):
 
 
 def check_distance(args, device, data):
-    """Before a training: refuse what was named and cannot be used; say if there will be no distance."""
+    """Before a training: refuse flags that cannot be used; say if no distance can be computed."""
     if args.reference:
         common.load_moments(args.reference)
     try:
@@ -957,7 +960,7 @@ def check_distance(args, device, data):
     except InputError as error:
         if args.features == "classifier":
             raise
-        say(f"As it is there will be no distance: {error}. --features classifier needs no download, and "
+        say(f"As it is, no distance can be computed: {error}. --features classifier needs no download, and "
             "--fid-samples 0 no distance. The training goes on; it can be judged at any later time.")
 
 
@@ -1015,7 +1018,7 @@ def evaluate(networks, args, device, data):
     """Draw pictures of {"model": network, maybe "one-step": network} and compute their distances.
 
     Files in --run-dir: samples_*.png, trajectory.png, samples.npz, one_step_samples.npz, and results.jsonl,
-    a line a distance.
+    a line for each distance.
     """
     run, classes = Path(args.run_dir), networks["model"].config["classes"]
     # before all else, as a training may replace these files meanwhile
@@ -1030,7 +1033,7 @@ def evaluate(networks, args, device, data):
         name = "_".join(str(part) for part in ("samples", weights, head, solver, steps) if part)
         if RANK == 0:
             common.save_grid(images, run / f"{name}.png")
-            if weights == "model" and (steps or max(args.steps)) == max(args.steps):  # a sample a row
+            if weights == "model" and (steps or max(args.steps)) == max(args.steps):  # a row for each sample
                 common.save_grid(course.transpose(0, 1).flatten(0, 1), run / "trajectory.png", len(course))
     for network in networks.values():  # not earlier, or batches of 64 would be compiled, too
         compile_network(network, args, device)
@@ -1059,7 +1062,7 @@ def evaluate(networks, args, device, data):
     if args.features == "inception":
         figure = "FID" if args.fid_samples >= 50_000 else f"FID-{args.fid_samples / 1000:g}k"
     seen = networks["model"].images_seen
-    say(f"{figure} of {args.fid_samples:,} samples of drawn classes to {about}; lower is better. Features "
+    say(f"{figure} of {args.fid_samples:,} samples of random classes to {about}; lower is better. Features "
         f"{name}, EMA weights, seed {args.sample_seed}, {seen:,} images seen.\n"
         f"{'weights':10}{'head':6}{'solver':8}{'NFE':>6}{figure:>18}{'straightness':>14}{'right class':>13}")
     for label, value in (("half of the real images", real["floor"]), ("pure noise", real["noise"])):
@@ -1087,10 +1090,10 @@ def evaluate(networks, args, device, data):
 
 # ----------------------------------------------------------------------------------------------------- flags
 
-PAPER = dict(
+PAPER = dict(  # the recipe of the paper, its released code and a released checkpoint (the iterations)
     run_dir="runs/imagenet64", channels=192, multipliers=[1, 2, 3, 4], blocks=3, attention=[32, 16, 8],
     dropout=0.1, iterations=500_000, batch_size=1_024, lr=4e-4, warmup=0, ema_decay=0.9999432189950708,
-    flip=True, one_step_iterations=40_000)
+    flip=True, one_step_iterations=40_000)  # the one-step stage is our choice
 QUICK = dict(
     run_dir="runs/imagenet64-quick", data="glyphs", channels=8, multipliers=[1, 2, 4, 8], blocks=1,
     attention=[16, 8], dropout=0.0, iterations=1_200, batch_size=16, lr=2e-3, ema_decay=0.995, flip=False,
@@ -1168,7 +1171,7 @@ def parse_args(argv=None):
     modes, switch = ["legacy_tensorflow", "clean"], ["auto", "on", "off"]
 
     flag = parser.add_argument_group("run").add_argument
-    flag("--quick", action=yes_no, default=False, help="drawn digits, a small network: all code in minutes")
+    flag("--quick", action=yes_no, default=False, help="a tour on drawn digits with a small network")
     flag("--prepare", action=yes_no, default=False, help="read --data into --cache, and stop")
     flag("--run-dir", help="the run's folder, which remembers its flags; one with a checkpoint goes on")
     flag("--model", help="evaluate this model file and train nothing; --run-dir takes the results")
@@ -1176,7 +1179,7 @@ def parse_args(argv=None):
 
     flag = parser.add_argument_group("data (a run goes on with the same images only)").add_argument
     flag("--data", type=absolute, help=DATA_HELP)
-    flag("--cache", type=absolute, default="data/imagenet64", help="where they are kept once read")
+    flag("--cache", type=absolute, default="data/imagenet64", help="where the pictures are kept once read")
 
     flag = parser.add_argument_group("machine (may change later)").add_argument
     flag("--amp", choices=switch, default="auto", help="bfloat16; auto: on GPUs that have it")
@@ -1190,15 +1193,15 @@ def parse_args(argv=None):
     flag("--step-rule", choices=STEP_RULES, default="uniform",
          help="step h: uniform in (0, 1/N), the paper's; proportional t/N, better in our tests; constant 1/N")
     flag("--intervals", type=count, default=16, help="N of the step rule")
-    flag("--target", choices=targets, default="online", help="y_j by the network or its EMA; or --teacher's")
+    flag("--target", choices=targets, default="online", help="y_j by network or EMA; the others: --teacher's")
     flag("--loss-ramp", action=yes_no, default=False,
          help="weights w_1 = 2 i/I, w_2 = 2 (1 - i/I) of the loss; fixes --iterations, too")
     flag("--wavelet-weight", type=weight, default=1.0, help="w_3, of differences in detail")
     flag("--teacher", type=absolute, help="model file of the frozen teacher; the student begins as its v_1")
-    flag("--init", type=absolute, help="model file whose weights the training begins with; read only then")
+    flag("--init", type=absolute, help="model file whose weights begin the training; not read later")
 
     flag = parser.add_argument_group("training (fixed when the run has begun)").add_argument
-    flag("--batch-size", type=count, help="images an iteration, over all ranks")
+    flag("--batch-size", type=count, help="images per iteration, over all ranks")
     flag("--lr", type=positive, help="Adam's learning rate")
     flag("--warmup", type=natural, help="iterations of linear warm-up, at most a tenth of --iterations")
     flag("--ema-decay", type=share, help="EMA decay per iteration, warmed up as (1 + i)/(10 + i)")
@@ -1208,8 +1211,8 @@ def parse_args(argv=None):
 
     flag = parser.add_argument_group("network (fixed when the run has begun)").add_argument
     flag("--channels", type=count, help="c, the unit of width")
-    flag("--multipliers", type=count, nargs="+", help="of c, one a level; each further level halves the size")
-    flag("--blocks", type=count, help="residual blocks a level")
+    flag("--multipliers", type=count, nargs="+", help="of c, one per level; levels halve the size")
+    flag("--blocks", type=count, help="residual blocks per level")
     flag("--attention", type=count, nargs="*", help="sizes, in pixels, of the levels that have it")
     flag("--skip-phi", type=share, default=0.75, help="phi of the skips; 0.5: off")
 
@@ -1222,13 +1225,13 @@ def parse_args(argv=None):
 
     flag = parser.add_argument_group("evaluation (may change later)").add_argument
     flag("--steps", type=count, nargs="+", default=[15], help="network evaluations (NFE) an image")
-    flag("--classes", type=natural, nargs="+", help="of pictures and samples.npz; unset: all sorts")
+    flag("--classes", type=natural, nargs="+", help="of the samples; unset: ten for pictures, else random")
     flag("--head", type=count, help="the velocity that samples follow, 1 to k; unset: the last")
     flag("--solver", choices=list(common.SOLVERS), default="euler", help="the paper's; ab2 measured better")
     flag("--tolerance", type=positive, default=1e-4, help="of dopri5, which ignores --steps")
     flag("--fid-samples", type=natural, default=50_000,
          help="number of samples; below 50,000 it is called FID-5k and so on; 0 skips the distance")
-    flag("--fid-mode", choices=modes, default="legacy_tensorflow", help="of clean-fid; as published figures")
+    flag("--fid-mode", choices=modes, default="legacy_tensorflow", help="clean-fid's; default: as in papers")
     flag("--reference", type=absolute, help=".npz of mu and sigma (EDM's, ADM's) in place of the images")
     flag("--features", choices=list(FEATURES), default="inception", help="or a classifier's: no FID")
     flag("--sample-seed", type=natural, help="of the samples; unset: --seed")
@@ -1306,7 +1309,7 @@ def main(argv=None):
             if args.one_step:
                 networks["one-step"] = fit(OneStep(args, device, networks["model"]), args, device)
         evaluate(networks, args, device, data)
-        say(f"The pictures, samples_*.png, and what else there is are in {args.run_dir}.")
+        say(f"All results are in {args.run_dir}; the pictures are samples_*.png.")
     except (InputError, torch.OutOfMemoryError) as error:
         remedy = "" if isinstance(error, InputError) else " A larger --accumulate needs less memory."
         print(f"{Path(__file__).name}: error: {common.first_line(error)}{remedy}", file=sys.stderr)
