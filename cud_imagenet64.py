@@ -673,7 +673,7 @@ def fit(stage, args, device):
     say(f"training {stage.model} in {run}: {sum(p.numel() for p in current):,} parameters, iterations "
         f"{first:,} to {stage.iterations:,} of {args.batch_size} images")
     log, shown, since = [], {}, time.time()
-    every = args.evaluate_every if stage.data is not None else None  # a student is judged at its end alone
+    every = args.evaluate_every if stage.data is not None else 0  # a student is judged at its end alone
     with lock(run) if RANK == 0 else nullcontext(), noting_signals() as signals:
         if RANK == 0:
             save_config(args, device)
@@ -1186,7 +1186,7 @@ def parse_args(argv=None):
     flag("--compile", choices=switch, default="auto", help="torch.compile; auto: on GPUs since Volta (2017)")
     flag("--accumulate", type=count, default=1, help="parts a rank's batch is split into, to save memory")
     flag("--checkpoint-every", type=count, default=5_000, help="iterations; a sample grid comes with each")
-    flag("--evaluate-every", type=count, help="iterations; keeps model_NNNNNNN.pt; unset: only at the end")
+    flag("--evaluate-every", type=natural, default=0, help="iterations; keeps model_NNNNNNN.pt; 0: never")
 
     flag = parser.add_argument_group("method (fixed when the run has begun)").add_argument
     flag("--rk-order", type=int, choices=range(4), default=1, help="k (RK12, RK23, RK34); 0: rectified flow")
@@ -1235,7 +1235,7 @@ def parse_args(argv=None):
     flag("--reference", type=absolute, help=".npz of mu and sigma (EDM's, ADM's) in place of the images")
     flag("--features", choices=list(FEATURES), default="inception", help="or a classifier's: no FID")
     flag("--sample-seed", type=natural, help="of the samples; unset: --seed")
-    flag("--save-samples", type=count, help="images to write to samples.npz at the last of --steps")
+    flag("--save-samples", type=natural, default=0, help="images for samples.npz at the last of --steps")
 
     parser.set_defaults(**PAPER)
     first = vars(parser.parse_args(argv))
