@@ -26,12 +26,12 @@ second training, unless you ask for one with --teacher or --one-step (paper: arX
     |.|^2 and KL are means over an image's values; w_1 = w_2 = 1, except with --loss-ramp. Slopes and y_j are
     made with dropout on, as released, except an EMA's y_j. The encoder proposes z = mu(x) + sigma(x) noise.
 
-    python cud_cifar10.py --quick                   a tour on a CPU in seven minutes; nothing is downloaded
+    python cud_cifar10.py --quick                   a tour on a CPU in eight minutes; nothing is downloaded
     python cud_cifar10.py --rk-order 3 --steps 15   the paper's recipe as RK34
     python cud_cifar10.py --steps 1 2 4 8 15        trains that run to its end, if need be, and evaluates it
 
-Measured (--quick: drawn digits, a small network, seed 0; no FID): FD (classifier) is 45 at 15 Euler steps; at
-one step it is 452 before the one-step stage and 94 after it. The paper's recipe was not run.
+Measured (--quick: drawn digits, a small network, seed 0; no FID): FD (classifier) is 40 at 15 Euler steps; at
+one step it is 447 before the one-step stage and 84 after it. The paper's recipe was not run.
 """
 import argparse
 import copy
