@@ -55,7 +55,7 @@ def reading(what, remedy):
         reason = first_line(error)
         if isinstance(error, FileNotFoundError):
             reason = f"{error.filename} does not exist"
-        elif isinstance(error, KeyError):
+        elif isinstance(error, KeyError) and " " not in reason:  # an .npz says more
             reason = f"it has no {error}"
         raise InputError(f"{what} cannot be used ({reason}); {remedy}") from error
 

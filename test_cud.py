@@ -1883,6 +1883,8 @@ def test_what_was_named_and_cannot_be_used_is_refused_before_the_training(monkey
         np.savez("bad.npz", **arrays)
         said = f"--reference {Path('bad.npz').resolve()} cannot be used"
         left_alone(capsys, said, *flags, "--reference", "bad.npz")
+    np.savez("bad.npz", mu=mu)
+    refused(lambda: common.load_moments("bad.npz"), "bad.npz cannot be used ('sigma is not a file in")
     left_alone(capsys, "--features classifier needs two classes", *flags, *JUDGED, "--data", "alike")
     left_alone(capsys, "--run-dir taken cannot be written", "--iterations", "2", "--run-dir", "taken")
 
