@@ -602,6 +602,9 @@ def fit(stage, args, device):
     if first == stage.iterations:  # a kill may have come between the checkpoint and the weights
         save_model(average, run / stage.model, first * args.batch_size)
         return average
+    if args.batch_size % (WORLD * args.accumulate):
+        raise InputError(f"--batch-size {args.batch_size} is not divisible by {WORLD} ranks x --accumulate "
+                         f"{args.accumulate}")
     if stage.data is not None and args.fid_samples:
         check_distance(args, device, stage.data)
     if stage.uses_average:
@@ -1175,9 +1178,6 @@ def parse_args(argv=None):
                      "needs more samples than that; 0 skips the distance")
     if args.reference and (args.features, args.fid_mode) != ("inception", "legacy_tensorflow"):
         parser.error("--reference needs the features of such files: inception, in legacy_tensorflow mode")
-    if args.batch_size % (WORLD * args.accumulate):
-        parser.error(f"--batch-size {args.batch_size} is not divisible by {WORLD} ranks x --accumulate "
-                     f"{args.accumulate}")
     return args
 
 
