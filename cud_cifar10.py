@@ -390,6 +390,8 @@ def noting_signals():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if noted:  # during the last checkpoint
+        signal.raise_signal(noted[0])
 
 
 def lock(run):
@@ -1032,6 +1034,8 @@ def number(kind, accepts, words):
 
 def absolute(path):
     """A path as the run folder remembers it, so that the run goes on from any other folder."""
+    if not path:
+        raise argparse.ArgumentTypeError("the path is empty")
     return path if path == "glyphs" else os.path.abspath(path)
 
 
@@ -1076,7 +1080,7 @@ def parse_args(argv=None):
     flag("--quick", action=yes_no, default=False, help="a tour on drawn digits with a small network")
     flag("--run-dir", help="the run's folder, which remembers its flags; one with a checkpoint goes on")
     flag("--model", help="evaluate this model file and train nothing; --run-dir takes the results")
-    flag("--device", help="cpu, cuda, cuda:1, mps (never tried); unset: a GPU if there is one")
+    flag("--device", help="cpu, cuda, cuda:1, mps (never tried); unset: cuda if there is one")
 
     flag = parser.add_argument_group("data (a run goes on with the same images only)").add_argument
     flag("--data", type=absolute, help=DATA_HELP)
@@ -1099,7 +1103,8 @@ def parse_args(argv=None):
          help="weights w_1 = 2 i/I, w_2 = 2 (1 - i/I) of the loss; fixes --iterations, too")
     flag("--coupling", choices=["learned", "independent"], help="z from an encoder of x, or drawn without it")
     flag("--kl-weight", type=weight, default=20.0, help="beta, which keeps q(z|x) near N(0, I)")
-    flag("--teacher", type=absolute, help="model file of the frozen teacher; the student begins as its v_1")
+    flag("--teacher", type=absolute, help="model file of the frozen teacher; the student begins as its v_1; "
+         "implies --target consistency, --step-rule constant")
     flag("--init", type=absolute, help="model file whose weights begin the training; not read later")
 
     flag = parser.add_argument_group("training (fixed when the run has begun)").add_argument
@@ -1133,7 +1138,8 @@ def parse_args(argv=None):
     flag("--fid-samples", type=natural, default=50_000,
          help="number of samples; below 50,000 it is called FID-5k and so on; 0 skips the distance")
     flag("--fid-mode", choices=modes, default="legacy_tensorflow", help="clean-fid's; default: as in papers")
-    flag("--reference", type=absolute, help=".npz of mu and sigma (EDM's, ADM's) in place of the images")
+    flag("--reference", type=lambda path: path and absolute(path),
+         help=".npz of mu and sigma (EDM's, ADM's) in place of the images; '': the images again")
     flag("--features", choices=list(FEATURES), default="inception", help="or a classifier's: no FID")
     flag("--sample-seed", type=natural, help="of the samples; unset: --seed")
     flag("--save-samples", type=natural, default=0, help="images for samples.npz at the last of --steps")
@@ -1152,8 +1158,10 @@ def parse_args(argv=None):
             remembered = {name: value for name, value in about["args"].items() if name in first}
             if about["image"] != list(IMAGE):
                 raise InputError(f"{config.parent} is a run of {about['script']}, which makes other images")
-        refuse_differences(config, remembered, {
-            name: value for name, value in given.items() if name in (*DEFINES, "init")})
+        fixed = {*DEFINES, "init", "teacher"}
+        if remembered.get("teacher") and (config.parent / "checkpoint.pt").exists():
+            fixed.remove("teacher")  # its file may have moved; the checkpoint holds its sha256
+        refuse_differences(config, remembered, {name: given[name] for name in given if name in fixed})
         gives = [f"--{name.replace('_', '-')} {value}" for name, value in remembered.items()
                  if name not in given and value != (first | implied)[name]]
         say(f"{config} gives {', '.join(gives) or 'nothing new'}")
@@ -1208,7 +1216,7 @@ def main(argv=None):
         evaluate(networks, args, device, data)
         say(f"All results are in {args.run_dir}; the pictures are samples_*.png.")
     except (InputError, torch.OutOfMemoryError) as error:
-        remedy = "" if isinstance(error, InputError) else " A larger --accumulate needs less memory."
+        remedy = "" if isinstance(error, InputError) else " In training, a larger --accumulate needs less."
         print(f"{Path(__file__).name}: error: {common.first_line(error)}{remedy}", file=sys.stderr)
         return 2
     if WORLD > 1:

@@ -427,6 +427,8 @@ def noting_signals():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if noted:  # during the last checkpoint
+        signal.raise_signal(noted[0])
 
 
 def lock(run):
@@ -1042,7 +1044,7 @@ def evaluate(networks, args, device, data):
         compile_network(network, args, device)
     if args.save_samples:
         wanted = drawn_labels(args.save_samples, args, classes)
-        if args.classes is not None:
+        if args.classes:
             wanted = torch.tensor(args.classes).repeat(args.save_samples)[:args.save_samples]
         for weights, network in networks.items():
             name, solver, steps = "samples.npz", args.solver, args.steps[-1]
@@ -1133,6 +1135,8 @@ def number(kind, accepts, words):
 
 def absolute(path):
     """A path as the run folder remembers it, so that the run goes on from any other folder."""
+    if not path:
+        raise argparse.ArgumentTypeError("the path is empty")
     return path if path == "glyphs" else os.path.abspath(path)
 
 
@@ -1178,7 +1182,7 @@ def parse_args(argv=None):
     flag("--prepare", action=yes_no, default=False, help="read --data into --cache, and stop")
     flag("--run-dir", help="the run's folder, which remembers its flags; one with a checkpoint goes on")
     flag("--model", help="evaluate this model file and train nothing; --run-dir takes the results")
-    flag("--device", help="cpu, cuda, cuda:1, mps (never tried); unset: a GPU if there is one")
+    flag("--device", help="cpu, cuda, cuda:1, mps (never tried); unset: cuda if there is one")
 
     flag = parser.add_argument_group("data (a run goes on with the same images only)").add_argument
     flag("--data", type=absolute, help=DATA_HELP)
@@ -1199,8 +1203,9 @@ def parse_args(argv=None):
     flag("--target", choices=targets, default="online", help="y_j by network or EMA; the others: --teacher's")
     flag("--loss-ramp", action=yes_no, default=False,
          help="weights w_1 = 2 i/I, w_2 = 2 (1 - i/I) of the loss; fixes --iterations, too")
-    flag("--wavelet-weight", type=weight, default=1.0, help="w_3, of differences in detail")
-    flag("--teacher", type=absolute, help="model file of the frozen teacher; the student begins as its v_1")
+    flag("--wavelet-weight", type=weight, default=1.0, help="w_3, of differences in detail; 0 with --teacher")
+    flag("--teacher", type=absolute, help="model file of the frozen teacher; the student begins as its v_1; "
+         "implies --target consistency, --step-rule constant")
     flag("--init", type=absolute, help="model file whose weights begin the training; not read later")
 
     flag = parser.add_argument_group("training (fixed when the run has begun)").add_argument
@@ -1228,14 +1233,16 @@ def parse_args(argv=None):
 
     flag = parser.add_argument_group("evaluation (may change later)").add_argument
     flag("--steps", type=count, nargs="+", default=[15], help="network evaluations (NFE) an image")
-    flag("--classes", type=natural, nargs="+", help="of the samples; unset: ten for pictures, else random")
+    flag("--classes", type=natural, nargs="*",
+         help="of the pictures and --save-samples; none: ten for pictures, else random")
     flag("--head", type=count, help="the velocity that samples follow, 1 to k; unset: the last")
     flag("--solver", choices=list(common.SOLVERS), default="euler", help="the paper's; ab2 measured better")
     flag("--tolerance", type=positive, default=1e-4, help="of dopri5, which ignores --steps")
     flag("--fid-samples", type=natural, default=50_000,
          help="number of samples; below 50,000 it is called FID-5k and so on; 0 skips the distance")
     flag("--fid-mode", choices=modes, default="legacy_tensorflow", help="clean-fid's; default: as in papers")
-    flag("--reference", type=absolute, help=".npz of mu and sigma (EDM's, ADM's) in place of the images")
+    flag("--reference", type=lambda path: path and absolute(path),
+         help=".npz of mu and sigma (EDM's, ADM's) in place of the images; '': the images again")
     flag("--features", choices=list(FEATURES), default="inception", help="or a classifier's: no FID")
     flag("--sample-seed", type=natural, help="of the samples; unset: --seed")
     flag("--save-samples", type=natural, default=0, help="images for samples.npz at the last of --steps")
@@ -1254,8 +1261,10 @@ def parse_args(argv=None):
             remembered = {name: value for name, value in about["args"].items() if name in first}
             if about["image"] != list(IMAGE):
                 raise InputError(f"{config.parent} is a run of {about['script']}, which makes other images")
-        refuse_differences(config, remembered, {
-            name: value for name, value in given.items() if name in (*DEFINES, "init")})
+        fixed = {*DEFINES, "init", "teacher"}
+        if remembered.get("teacher") and (config.parent / "checkpoint.pt").exists():
+            fixed.remove("teacher")  # its file may have moved; the checkpoint holds its sha256
+        refuse_differences(config, remembered, {name: given[name] for name in given if name in fixed})
         gives = [f"--{name.replace('_', '-')} {value}" for name, value in remembered.items()
                  if name not in given and value != (first | implied)[name]]
         say(f"{config} gives {', '.join(gives) or 'nothing new'}")
@@ -1311,7 +1320,7 @@ def main(argv=None):
         evaluate(networks, args, device, data)
         say(f"All results are in {args.run_dir}; the pictures are samples_*.png.")
     except (InputError, torch.OutOfMemoryError) as error:
-        remedy = "" if isinstance(error, InputError) else " A larger --accumulate needs less memory."
+        remedy = "" if isinstance(error, InputError) else " In training, a larger --accumulate needs less."
         print(f"{Path(__file__).name}: error: {common.first_line(error)}{remedy}", file=sys.stderr)
         return 2
     if WORLD > 1:

@@ -1413,7 +1413,8 @@ def test_a_run_folder_remembers_its_flags(monkeypatch, capsys):
     assert cud_mnist.main(shlex.split(judged)) == 0 and "training" not in capsys.readouterr().out
     assert before == [config.read_bytes(), checkpoint.read_bytes()]  # no evaluation writes them
     for flags, said in (("--rk-order 1 --lr 0.01", "--rk-order 2, not 1"), ("--seed 3", "--seed 0, not 3"),
-                        ("--attention 14 --iterations 9", "--attention [], not [14]")):
+                        ("--attention 14 --iterations 9", "--attention [], not [14]"),
+                        ("--teacher x.pt --iterations 9", "--teacher None, not /")):
         left_alone(capsys, said, *shlex.split(flags))
     assert cud_mnist.main(["--iterations", "5"]) == 0  # goes on, as it began
     assert "iterations 3 to 5" in capsys.readouterr().out
@@ -1706,6 +1707,13 @@ def test_a_signal_saves_a_second_ctrl_c_interrupts_and_nohup_goes_on(name, statu
         with pytest.raises(KeyboardInterrupt):
             run("--iterations", "9", "--run-dir", "hasty")
         assert not Path("hasty/checkpoint.pt").exists() and signal.getsignal(number) is heard
+        sent.clear()
+        late = []
+        signal.signal(number, lambda *_: late.append(name))
+        with monkeypatch.context() as patch:  # one during the last picture reaches the handler of before
+            patch.setattr(cud_mnist.CatchUp, "picture", lambda *_: signal.raise_signal(number))
+            patch.setattr(common, "save_grid", lambda *_: None)
+            assert run("--iterations", "1", "--run-dir", "late", "--steps", "1")[0] == 0 and late == [name]
         if name == "SIGHUP":
             signal.signal(number, signal.SIG_IGN)  # as nohup does
             sent[:] = [number]
@@ -1948,7 +1956,8 @@ def test_published_statistics_are_the_reference_without_any_images(script, small
     mean, scale = rng.normal(size=2048), rng.uniform(0.5, 2, 2048)
     np.savez("published.npz", mu=mean, sigma=np.diag(scale), arr_0=np.array([Payload()], object))  # not read
     flags = ["--iterations", "2", *(["--attention", "8"] if script is cud_imagenet64 else [])]
-    assert run(*flags, "--run-dir", "run", script=script)[0] == 0
+    assert run(*flags, "--run-dir", "run", "--reference", "published.npz", script=script)[0] == 0
+    assert not script.parse_args(["--run-dir", "run", "--reference", ""]).reference  # it can be taken back
     monkeypatch.setattr(script, "load_data", lambda args: pytest.fail("no images are needed"))
     flags += shlex.split("--model run/model.pt --reference published.npz --fid-samples 300")
     flags += ["--save-samples", "300"]
@@ -1990,6 +1999,7 @@ def test_labels_reach_the_samples_of_every_batch(monkeypatch):
         "--dropout 1", "--iterations 0", "--intervals 0", "--tolerance 0", "--seed -1", "--split val",
         "--checkpoint-every 0", "--channels 36 --multipliers 2 2", "--channels 9", "--device gpu",
         "--reference x --features classifier", "--reference x --fid-mode clean", "--run-dir taken")),
+    ("--data ''", "--data: the path is empty"),
     ("--accumulate 3", "--batch-size 8 is not divisible by 1 ranks x --accumulate 3"),
     ("--attention 16", "no attention at [16]: the levels have the sizes [28, 14]"),
     ("--multipliers 1 2 2 2", "--multipliers, --attention or --head: 28x28 pixels cannot be halved 3 times"),
